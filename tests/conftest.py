@@ -1,0 +1,24 @@
+"""Lets the tests import the files of the project, and makes a world for them that is smaller than the miniature one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with datasets/ and weights/ as toy.py writes them: few pictures, hardly trained backbones."""
+    import toy
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("datasets", "weights"):
+        (folder / name).mkdir()
+    parts = {"train": ("train2014", 14), "restval": ("val2014", 2), "val": ("val2014", 6), "test": ("val2014", 6)}
+    toy.write_coco(folder / "datasets" / "COCO", parts)
+    toy.write_vqa(folder / "datasets" / "vqa", parts)
+    toy.write_gqa(folder / "datasets" / "GQA", {"train": 8, "val": 4, "testdev": 6})
+    toy.write_clip(folder / "weights" / "RN-mini.pt", steps=1, count=8, batch=4)
+    toy.write_bart(folder / "weights" / "bart-mini", steps=1, batch=4)
+    return folder
