@@ -1,0 +1,718 @@
+"""The joint vision-and-language model of VL-Adapter: CLIP sees, BART reads and answers.
+
+    picture -> CLIPResNet -> 7x7 grid -> pool -> 36 visual tokens --+
+                                                                     +-> encoder -> decoder -> answer
+    question -> word embeddings + positions -------------------------+
+
+From top to bottom: sizes, sight, language, both, speaking, weights.
+The contract with adapters.py is three attribute names: `adapter` is an empty place on the output of a sub-layer,
+`prompt` one where word embeddings enter a stack, `visual` the new part that every method trains.
+
+Paper: https://arxiv.org/abs/2112.06825. This file needs torch and nothing else; copy it as it is.
+"""
+
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ADDED_WORDS = 200  # <extra_id_*> and <vis_extra_id_*>: new rows of the word table; the last ones number visual tokens
+VISUAL_SIDE = 6    # pictures are pooled to 6 x 6 visual tokens (section 4.1 of the paper: 36)
+
+
+class WeightsError(ValueError):
+    """A weight file or its config.json cannot be used; the message names the file and what was expected."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the encoder-decoder is made of and how it wants to speak; `bart` reads it from a config.json."""
+    vocab_size: int                  # rows of the word table, added ones included
+    d_model: int
+    heads: int
+    d_ff: int
+    encoder_layers: int
+    decoder_layers: int
+    max_positions: int               # longest text, in tokens
+    feature_dim: int                 # channels of a visual feature
+    dropout: float                   # one number for all four places, as in the original
+    start: int                       # first token of the decoder
+    pad: int
+    end: int
+    forced_first: int | None = None  # generation: token that must come first
+    forced_last: int | None = None   # generation: token that must come last when max_length is reached
+    no_repeat_ngram: int = 0         # generation: no n-gram of this length occurs twice; 0 is off
+    early_stopping: bool = False     # beam search: stop as soon as `beams` hypotheses are closed
+    length_penalty: float = 1.0      # beam search: a hypothesis scores sum of log-probabilities / length ** penalty
+
+
+def bart(json_config: dict, feature_dim: int) -> Config:
+    """BART's sizes and wishes from its config.json (Lewis et al. 2020)."""
+    get = json_config.get
+    if get("activation_function", "gelu") != "gelu" or get("scale_embedding"):
+        raise WeightsError("only BART with gelu and unscaled embeddings is built here (bart-base, bart-large)")
+    for name in ("vocab_size", "d_model", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layers",
+                 "decoder_layers", "max_position_embeddings"):
+        if not isinstance(get(name), int) or get(name) < 1:
+            raise WeightsError(f"{name} is {get(name)!r}, expected a number from 1 on")
+    if get("d_model") % get("encoder_attention_heads"):
+        raise WeightsError("d_model is no multiple of encoder_attention_heads")
+    return Config(
+        vocab_size=json_config["vocab_size"] + ADDED_WORDS, d_model=json_config["d_model"],
+        heads=json_config["encoder_attention_heads"], d_ff=json_config["encoder_ffn_dim"],
+        encoder_layers=json_config["encoder_layers"], decoder_layers=json_config["decoder_layers"],
+        max_positions=json_config["max_position_embeddings"], feature_dim=feature_dim, dropout=get("dropout", 0.1),
+        start=get("decoder_start_token_id", 2), pad=get("pad_token_id", 1), end=get("eos_token_id", 2),
+        forced_first=get("forced_bos_token_id"), forced_last=get("forced_eos_token_id", 2),
+        no_repeat_ngram=get("no_repeat_ngram_size") or 0, early_stopping=get("early_stopping") is True,
+        length_penalty=1.0 if get("length_penalty") is None else get("length_penalty"))
+
+
+# ---- sight --------------------------------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """Residual block of CLIP's ResNet: strides are average pools, before the last 1x1 and before the shortcut."""
+
+    def __init__(self, channels: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, planes, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
+        self.downsample = None
+        if stride > 1 or channels != 4 * planes:
+            conv, norm = nn.Conv2d(channels, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
+            self.downsample = nn.Sequential(conv, norm)                                     # OpenAI's names: 0 and 1
+
+    def forward(self, x):                                                                   # [B, channels, H, W]
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.pool(F.relu(self.bn2(self.conv2(out))))
+        out = self.bn3(self.conv3(out))                                                     # [B, 4 planes, H/s, W/s]
+        return F.relu(out + (x if self.downsample is None else self.downsample(self.pool(x))))
+
+
+class AttentionPool(nn.Module):
+    """CLIP's pooled output: the mean of the grid asks, the mean and the grid answer."""
+
+    def __init__(self, side: int, channels: int, output_dim: int):
+        super().__init__()
+        self.heads = channels // 64
+        self.positional_embedding = nn.Parameter(torch.randn(side * side + 1, channels) / channels ** 0.5)
+        self.q_proj, self.k_proj = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.v_proj, self.c_proj = nn.Linear(channels, channels), nn.Linear(channels, output_dim)
+
+    def forward(self, grid):                                                                # [B, C, H, W]
+        tokens = grid.flatten(2).transpose(1, 2)                                            # [B, H W, C]
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + self.positions(*grid.shape[2:])
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj, x in
+                   [(self.q_proj, tokens[:, :1]), (self.k_proj, tokens), (self.v_proj, tokens)])
+        pooled = F.scaled_dot_product_attention(q, k, v)                                    # [B, heads, 1, 64]
+        return self.c_proj(pooled.flatten(1))                                               # [B, output_dim]
+
+    def positions(self, height: int, width: int):
+        """The learned positions, resized where the picture is not of the size CLIP was trained on."""
+        mean, grid = self.positional_embedding[:1], self.positional_embedding[1:]           # [1, C], [side^2, C]
+        side = int(len(grid) ** 0.5)
+        if (height, width) == (side, side):
+            return self.positional_embedding
+        grid = grid.T.reshape(1, -1, side, side)
+        grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+        return torch.cat([mean, grid.flatten(2)[0].T])
+
+
+class CLIPResNet(nn.Module):
+    """The picture half of CLIP with a modified ResNet (Radford et al. 2021, section 2.4): RN50, RN101, RN50x4, ...
+
+    Unlike torchvision's ResNet it has three stem convolutions, average pools for strides and attention for the last
+    pool: encoder(pictures) is the grid, encoder.attnpool(grid) the pooled output. Names are OpenAI's, so their weights
+    load without a table. Use `load_clip` to read a weight file.
+    """
+
+    def __init__(self, layers: tuple[int, int, int, int], width: int, side: int, output_dim: int):
+        super().__init__()
+        self.resolution = 32 * side                                # pixels of a side of the pictures it was trained on
+        self.feature_dim, self.output_dim = 32 * width, output_dim
+        half = width // 2
+        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        channels = width
+        for stage, blocks in enumerate(layers):
+            planes, stride = width * 2 ** stage, 1 if stage == 0 else 2
+            stack = [Bottleneck(channels if i == 0 else 4 * planes, planes, stride if i == 0 else 1)
+                     for i in range(blocks)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*stack))
+            channels = 4 * planes
+        self.attnpool = AttentionPool(side, channels, output_dim)
+
+    def forward(self, pictures):
+        """Pictures [B, 3, H, W], normalised as CLIP wants them, to the last grid [B, 32 width, H/32, W/32]."""
+        x = F.relu(self.bn1(self.conv1(pictures)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)                                # [B, width, H/4, W/4]
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+def pool(grid, side: int = VISUAL_SIDE):
+    """Adaptive max pool of feature grids [B, C, H, W] to [B, side^2, C], row-major.
+
+    For 7x7 to 6x6 each token is the maximum of a 2x2 window. Without weights, so it is done once, before storing.
+    """
+    return F.adaptive_max_pool2d(grid, side).flatten(2).transpose(1, 2)
+
+
+# ---- language -----------------------------------------------------------------------------------------------------
+
+
+class Place(nn.Module):
+    """An empty place on the output of a sub-layer: hands `hidden` on. adapters.py may put another module here.
+
+    It is shown the input `x` of the sub-layer too, which parallel adapters need; both [batch, length, d_model].
+    """
+
+    def forward(self, hidden, x):
+        return hidden
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` over `memory`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        d_model = config.d_model
+        self.q, self.k = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.v, self.out = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+
+    def keys_values(self, memory):
+        """Keys and values of `memory` [batch, S, d_model], each [batch, heads, S, head_dim]."""
+        return [proj(memory).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.k, self.v)]
+
+    def forward(self, x, memory, mask, cache=None):
+        """x [batch, T, d_model]; mask, True where to look, [batch or 1, 1, T or 1, S]; cache, see `Cache`."""
+        k, v = self.keys_values(memory) if cache is None else cache(self, memory)
+        # In beam search x has `beams` rows a picture, memory one: the beams are so many queries on the same keys.
+        q = self.q(x).view(len(k), -1, self.heads, k.size(-1)).transpose(1, 2)              # [batch, heads, T, head_dim]
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+
+class SelfAttention(Attention):
+    """Attention of `x` over itself."""
+
+    def forward(self, x, mask, cache=None):
+        return super().forward(x, x, mask, cache)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.up, self.down = nn.Linear(config.d_model, config.d_ff), nn.Linear(config.d_ff, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.down(self.dropout(F.gelu(self.up(x))))
+
+
+class Sublayer(nn.Module):
+    """One residual step around `inner`: LN(x + dropout(adapter(inner(x)))). The paper's adapters sit in `adapter`."""
+
+    def __init__(self, config: Config, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.adapter = Place()
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(config.d_model, 1e-5)
+
+    def forward(self, x, *context):                                                         # [batch, length, d_model]
+        return self.norm(x + self.dropout(self.adapter(self.inner(x, *context), x)))
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention where there is a memory (decoder), feed-forward."""
+
+    def __init__(self, config: Config, cross: bool):
+        super().__init__()
+        self.self_attn = Sublayer(config, SelfAttention(config))
+        self.cross_attn = Sublayer(config, Attention(config)) if cross else None
+        self.ffn = Sublayer(config, FeedForward(config))
+
+    def forward(self, x, mask, memory=None, memory_mask=None, caches=(None, None)):
+        x = self.self_attn(x, mask, caches[0])
+        if self.cross_attn is not None:
+            x = self.cross_attn(x, memory, memory_mask, caches[1])
+        return self.ffn(x)
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder."""
+
+    def __init__(self, config: Config, layers: int, cross: bool):
+        super().__init__()
+        self.positions = nn.Embedding(config.max_positions + 2, config.d_model)             # rows 0 and 1 are unused
+        self.prompt = nn.Identity()
+        self.embed_norm = nn.LayerNorm(config.d_model, 1e-5)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Layer(config, cross) for _ in range(layers))
+
+    def embed(self, words, step):
+        """Word embeddings [batch, T, d_model] with their positions (from `step` on) and the prompt before them."""
+        at = torch.arange(words.size(1), device=words.device) + step + 2
+        return self.embed_norm(self.prompt(words + self.positions(at)))                     # [batch, prompt + T, d_model]
+
+    def forward(self, x, mask, memory=None, memory_mask=None, cache=None):
+        x = self.dropout(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, memory, memory_mask, cache.layers[i] if cache else (None, None))
+        return x
+
+
+# ---- both ---------------------------------------------------------------------------------------------------------
+
+
+class VisualTokens(nn.Module):
+    """Visual features to tokens of the encoder (section 3.1 of the paper; VL-T5's visual embedding).
+
+    LN(W f + b) + LN(W' box + b') + picture number + a row of the word table for the place in the grid. There are no
+    boxes in a grid: the original feeds zeros, so the second term is one learned vector.
+    Weights: (feature_dim + 5 + 2 + 2 + 4) d_model, 1,582,848 for RN101 and BART-base.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.feature = nn.Linear(config.feature_dim, config.d_model)
+        self.feature_norm = nn.LayerNorm(config.d_model, 1e-5)
+        self.box = nn.Linear(5, config.d_model)
+        self.box_norm = nn.LayerNorm(config.d_model, 1e-5)
+        self.picture = nn.Embedding(2, config.d_model)
+
+    def forward(self, features, word_table):
+        """features [batch, pictures, tokens, feature_dim] to [batch, pictures x tokens, d_model]."""
+        pictures, tokens = features.shape[1:3]
+        box = self.box_norm(self.box(features.new_zeros(5)))                                # [d_model]
+        place = word_table[-tokens:].flip(0)                      # token o has the row vocab - 1 - o  [tokens, d_model]
+        number = self.picture.weight[:pictures, None]                                       # [pictures, 1, d_model]
+        return (self.feature_norm(self.feature(features)) + box + number + place).flatten(1, 2)
+
+
+class Model(nn.Module):
+    """The encoder-decoder over words and visual tokens: VL-BART. One word table serves input, output and grid places."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.words = nn.Embedding(config.vocab_size, config.d_model)
+        self.visual = VisualTokens(config)
+        self.encoder = Stack(config, config.encoder_layers, cross=False)
+        self.decoder = Stack(config, config.decoder_layers, cross=True)
+        self.register_buffer("logits_bias", torch.zeros(config.vocab_size))
+        self.apply(start)
+
+    def encode(self, ids, features):
+        """Question ids [batch, T], padded right, and features [batch, pictures, tokens, feature_dim].
+
+        Returns memory [batch, S, d_model] of [prompt; text; visual] and its mask [batch, 1, 1, S], True where to look.
+        """
+        text = self.encoder.embed(self.words(ids), 0)                                       # [batch, prompt + T, d_model]
+        visual = self.visual(features, self.words.weight)                                   # [batch, V, d_model]
+        prompt = text.size(1) - ids.size(1)
+        mask = F.pad(ids != self.config.pad, (prompt, visual.size(1)), value=True)[:, None, None]
+        return self.encoder(torch.cat([text, visual], 1), mask), mask
+
+    def decode(self, ids, memory, memory_mask, cache=None):
+        """Answer ids so far [rows, T] to logits [rows, T, vocab]. With a cache, ids are the words at `cache.step`."""
+        T = ids.size(1)
+        if cache is None:
+            mask = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()[None, None]
+        else:
+            mask = (torch.arange(cache.max_length, device=ids.device) <= cache.step)[None, None, None]
+        x = self.decoder.embed(self.words(ids), 0 if cache is None else cache.step)
+        x = self.decoder(x, mask, memory, memory_mask, cache)
+        return F.linear(x, self.words.weight, self.logits_bias.to(x.dtype))
+
+    def forward(self, ids, features, labels):
+        """Logits [batch, L, vocab] for labels [batch, L], which are -100 behind their end."""
+        memory, mask = self.encode(ids, features)
+        inputs = labels.masked_fill(labels == -100, self.config.pad).roll(1, 1)
+        inputs[:, 0] = self.config.start
+        return self.decode(inputs, memory, mask)
+
+    def loss(self, ids, features, labels, weights):
+        """Mean over the batch of weight x mean cross entropy over the tokens of the answer.
+
+        weights [batch]: VQA's is the score of the drawn answer; a token mean over the whole batch, as for captions, is
+        the weight (tokens of the answer) x batch / (tokens of the batch); a row that only fills up the batch has 0.
+        """
+        logits = self(ids, features, labels)
+        tokens = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
+        return (weights * tokens.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
+
+
+def start(module: nn.Module):
+    """Starting values of what no weight file brings: N(0, 0.02), zero biases (as BART's own initialisation)."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# ---- speaking -----------------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """What the decoder's attentions remember while `generate` runs; shapes stay the same from step to step.
+
+    Keys and values of the memory are made once a picture and serve all its beams; those of the words have room for
+    max_length words and are filled at `step`, a tensor [1].
+    """
+
+    def __init__(self, decoder: Stack, memory, rows: int, max_length: int):
+        self.max_length, self.step = max_length, torch.zeros(1, dtype=torch.long, device=memory.device)
+        self.layers = []
+        for layer in decoder.layers:
+            keys, values = layer.cross_attn.inner.keys_values(memory)                       # [batch, heads, S, head_dim]
+            room = [keys.new_zeros(rows, keys.size(1), max_length, keys.size(-1)) for _ in range(2)]
+            self.layers.append((Written(room, self.step), lambda attention, memory, kept=(keys, values): kept))
+
+    def reorder(self, rows):
+        """Row i becomes what row rows[i] was."""
+        for written, _ in self.layers:
+            written.room = [x.index_select(0, rows) for x in written.room]
+
+
+class Written:
+    """Keys and values of the words so far, [rows, heads, max_length, head_dim] each; a call adds those of one word."""
+
+    def __init__(self, room: list, step):
+        self.room, self.step = room, step
+
+    def __call__(self, attention, x):
+        for kept, new in zip(self.room, attention.keys_values(x)):
+            kept.index_copy_(2, self.step, new.to(kept.dtype))
+        return self.room
+
+
+@torch.no_grad()
+def generate(model: Model, ids, features, beams: int = 1, max_length: int = 20):
+    """Answers as token ids [batch, <= max_length]: start token first, `end` where one ended, padded behind.
+
+    One beam is greedy search, more is beam search with the rules of transformers 4.2.1, which the paper used. What the
+    backbone's config asks for (forced tokens, no repeated n-grams, early stopping, length penalty) is honoured.
+    ids and features as for `Model.encode`; max_length counts the start token.
+    """
+    memory, mask = model.encode(ids, features)
+    cache = Cache(model.decoder, memory, len(ids) * beams, max_length)
+
+    def next_logits(words):                                                                 # [rows, t] -> [rows, vocab]
+        cache.step.fill_(words.size(1) - 1)
+        logits = model.decode(words[:, -1:], memory, mask, cache)[:, 0].float()
+        return force(model.config, logits, words.size(1), max_length)
+
+    if beams == 1:
+        return greedy_search(model.config, next_logits, ids, max_length)
+    return beam_search(model.config, next_logits, ids, beams, max_length, cache.reorder)
+
+
+def force(config: Config, logits, length: int, max_length: int):
+    """Leaves only the forced token where the config forces one: behind the start token, or as the last."""
+    forced = config.forced_first if length == 1 else config.forced_last if length == max_length - 1 else None
+    if forced is None:
+        return logits
+    only = torch.full_like(logits, -torch.inf)
+    only[:, forced] = logits[:, forced]
+    return only
+
+
+def ban_repeats(scores, words, n: int):
+    """-inf for each word of `scores` [rows, vocab] that would end an n-gram which `words` [rows, t] already has."""
+    if n == 0 or words.size(1) < n:
+        return scores
+    grams = words.unfold(1, n, 1)                                                           # [rows, t - n + 1, n]
+    repeats = (grams[..., :-1] == words[:, None, words.size(1) - n + 1:]).all(-1)
+    penalty = torch.zeros_like(repeats, dtype=scores.dtype).masked_fill(repeats, -torch.inf)
+    return scores.scatter_add(1, grams[..., -1], penalty)
+
+
+def greedy_search(config: Config, next_logits, ids, max_length: int):
+    words = torch.full((len(ids), 1), config.start, device=ids.device)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    while words.size(1) < max_length and not ended.all():
+        best = ban_repeats(next_logits(words), words, config.no_repeat_ngram).argmax(-1)
+        words = torch.cat([words, best.masked_fill(ended, config.pad)[:, None]], 1)
+        ended |= best == config.end
+    return words
+
+
+def beam_search(config: Config, next_logits, ids, beams: int, max_length: int, reorder):
+    """Per example `beams` open hypotheses with their sums of log-probabilities, and the `beams` best closed ones.
+
+    Of the 2 x beams best continuations an end among the first `beams` closes a hypothesis, other ends are dropped,
+    the rest stays open. Closed scores are sum / length ** penalty; the length counts the start token, not the end.
+    """
+    batch, device = len(ids), ids.device
+    words = torch.full((batch, beams, 1), config.start, device=device)                      # open hypotheses
+    sums = torch.full((batch, beams), -1e9, device=device)
+    sums[:, 0] = 0                                                                          # at first all beams are equal
+    closed = torch.full((batch, beams, max_length), config.pad, device=device)
+    scores = torch.full((batch, beams), -torch.inf, device=device)
+    done = torch.zeros(batch, 1, dtype=torch.bool, device=device)
+    first_row = torch.arange(batch, device=device)[:, None] * beams
+
+    def close(new_words, new_scores):
+        """The best of the closed and the new hypotheses, where the search is not done."""
+        padded = F.pad(new_words, (0, max_length - new_words.size(2)), value=config.pad)
+        best, index = torch.cat([scores, new_scores.masked_fill(done, -torch.inf)], 1).topk(beams)
+        return torch.cat([closed, padded], 1).gather(1, index[..., None].expand(-1, -1, max_length)), best
+
+    while words.size(2) < max_length and not done.all():
+        length = words.size(2)
+        logits = next_logits(words.flatten(0, 1)).log_softmax(-1)
+        logits = ban_repeats(logits, words.flatten(0, 1), config.no_repeat_ngram).view(batch, beams, -1)
+        best, index = (logits + sums[..., None]).flatten(1).topk(2 * beams)                 # [batch, 2 beams]
+        beam, word = index // logits.size(-1), index % logits.size(-1)
+        longer = torch.cat([words.gather(1, beam[..., None].expand(-1, -1, length)), word[..., None]], 2)
+
+        ends = word == config.end
+        closing = best / length ** config.length_penalty
+        hopeful = closing[:, :1]                                                            # no open one can end better
+        closed, scores = close(longer[:, :beams], closing[:, :beams].masked_fill(~ends[:, :beams], -torch.inf))
+        worst = scores.min(1, keepdim=True).values
+        done |= worst.isfinite() & (torch.ones_like(done) if config.early_stopping else worst >= hopeful)
+
+        sums, keep = best.masked_fill(ends, -torch.inf).topk(beams)                         # best first, as they were
+        words = longer.gather(1, keep[..., None].expand(-1, -1, length + 1))
+        reorder((first_row + beam.gather(1, keep)).flatten())
+
+    closed, scores = close(words, sums / words.size(2) ** config.length_penalty)
+    best = closed.gather(1, scores.argmax(1)[:, None, None].expand(-1, -1, max_length))[:, 0]
+    return best[:, :1 + int((best != config.pad).nonzero()[:, 1].max())]
+
+
+# ---- weights ------------------------------------------------------------------------------------------------------
+
+# Ours -> theirs. {stack} is encoder or decoder, {i} a layer, * weight or bias. A tuple names copies of one tensor.
+BART = {
+    "words.weight":                           ("model.shared.weight", "model.encoder.embed_tokens.weight",
+                                               "model.decoder.embed_tokens.weight", "lm_head.weight"),
+    "logits_bias":                            "final_logits_bias",
+    "{stack}.positions.weight":               "model.{stack}.embed_positions.weight",
+    "{stack}.embed_norm.*":                   "model.{stack}.layernorm_embedding.*",
+    "{stack}.layers.{i}.self_attn.inner.q.*": "model.{stack}.layers.{i}.self_attn.q_proj.*",
+    "{stack}.layers.{i}.self_attn.inner.k.*": "model.{stack}.layers.{i}.self_attn.k_proj.*",
+    "{stack}.layers.{i}.self_attn.inner.v.*": "model.{stack}.layers.{i}.self_attn.v_proj.*",
+    "{stack}.layers.{i}.self_attn.inner.out.*": "model.{stack}.layers.{i}.self_attn.out_proj.*",
+    "{stack}.layers.{i}.self_attn.norm.*":    "model.{stack}.layers.{i}.self_attn_layer_norm.*",
+    "decoder.layers.{i}.cross_attn.inner.q.*": "model.decoder.layers.{i}.encoder_attn.q_proj.*",
+    "decoder.layers.{i}.cross_attn.inner.k.*": "model.decoder.layers.{i}.encoder_attn.k_proj.*",
+    "decoder.layers.{i}.cross_attn.inner.v.*": "model.decoder.layers.{i}.encoder_attn.v_proj.*",
+    "decoder.layers.{i}.cross_attn.inner.out.*": "model.decoder.layers.{i}.encoder_attn.out_proj.*",
+    "decoder.layers.{i}.cross_attn.norm.*":   "model.decoder.layers.{i}.encoder_attn_layer_norm.*",
+    "{stack}.layers.{i}.ffn.inner.up.*":      "model.{stack}.layers.{i}.fc1.*",
+    "{stack}.layers.{i}.ffn.inner.down.*":    "model.{stack}.layers.{i}.fc2.*",
+    "{stack}.layers.{i}.ffn.norm.*":          "model.{stack}.layers.{i}.final_layer_norm.*",
+}
+FAMILIES = {"bart": (bart, BART)}            # model_type of config.json -> preset, weight names
+
+
+def load_backbone(folder: str | Path, feature_dim: int) -> Model:
+    """The model with the pre-trained weights of a folder as Hugging Face lays it out; visual part and added words new.
+
+    Reads config.json, generation_config.json if there, and model.safetensors or pytorch_model.bin. Raises WeightsError.
+    """
+    folder = Path(folder)
+    asked = read_json(folder / "config.json")
+    if (folder / "generation_config.json").exists():
+        asked |= read_json(folder / "generation_config.json")
+    if asked.get("model_type") not in FAMILIES:
+        raise WeightsError(f"{folder / 'config.json'}: model_type is {asked.get('model_type')!r}, "
+                           f"expected one of {', '.join(FAMILIES)}")
+    preset, table = FAMILIES[asked["model_type"]]
+    try:
+        model = Model(preset(asked, feature_dim))
+    except WeightsError as problem:
+        raise WeightsError(f"{folder / 'config.json'}: {problem}") from None
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            load(model, read_weights(folder / name), table, folder / name)
+            return model
+    raise WeightsError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
+
+
+def load(model: Model, weights: dict, table: dict, source="the weights"):
+    """Copies raw weights into the model; strict both ways: each tensor of either side is used exactly once.
+
+    Only the word table and its bias have fewer rows than ours, which has added words. Changes `weights`.
+    """
+    if not any(name.startswith("model.") for name in weights):          # saved without its head, as bart-base was
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+    expected = expand(table, model.config)
+    ours = {name: x for name, x in model.state_dict().items() if not name.startswith("visual.")}
+    assert set(ours) == set(expected), set(ours) ^ set(expected)
+    problems = []
+    for name, theirs in expected.items():
+        copies = [weights.pop(alias) for alias in theirs if alias in weights]
+        target = ours[name][:-ADDED_WORDS] if name in ("words.weight", "logits_bias") else ours[name]
+        if not copies and name != "logits_bias":                        # a checkpoint without a head has no bias: zeros
+            problems.append(f"no {theirs[0]}")
+        for tensor in copies:
+            tensor = tensor.reshape(-1) if name == "logits_bias" else tensor                # stored as [1, vocab]
+            if tensor.shape != target.shape:
+                problems.append(f"{theirs[0]} is {list(tensor.shape)}, expected {list(target.shape)}")
+            elif tensor is not copies[0] and not torch.equal(tensor.reshape(-1), copies[0].reshape(-1)):
+                problems.append(f"{' and '.join(theirs)} are not the same table")
+            else:
+                target.copy_(tensor)
+    problems += [f"unknown {name}" for name in weights if not name.endswith(".version")]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise WeightsError(f"{source} does not fit its config.json: {'; '.join(problems[:4])}{more}")
+
+
+def expand(table: dict, config: Config) -> dict[str, tuple[str, ...]]:
+    """The table with its gaps filled: our name -> their names."""
+    full = {}
+    for ours, theirs in table.items():
+        for stack, layers in ("encoder", config.encoder_layers), ("decoder", config.decoder_layers):
+            for i in range(layers):
+                for kind in ("weight", "bias"):
+                    fill = lambda name: name.format(stack=stack, i=i).replace("*", kind)
+                    full[fill(ours)] = tuple(map(fill, (theirs,) if isinstance(theirs, str) else theirs))
+    return full
+
+
+def load_clip(path: str | Path) -> CLIPResNet:
+    """CLIP's picture encoder from OpenAI's file (RN50.pt, RN101.pt, RN50x4.pt, ...), sizes read off the weights.
+
+    The text half of the file is left aside. In eval mode, float32. Raises WeightsError.
+    """
+    weights = {name.removeprefix("visual."): tensor.float() for name, tensor in read_weights(path).items()
+               if name.startswith("visual.")}
+    try:
+        layers = tuple(len({name.split(".")[1] for name in weights if name.startswith(f"layer{stage}.")})
+                       for stage in (1, 2, 3, 4))
+        side = int((len(weights["attnpool.positional_embedding"]) - 1) ** 0.5)
+        encoder = CLIPResNet(layers, len(weights["conv3.weight"]), side, len(weights["attnpool.c_proj.weight"]))
+        encoder.load_state_dict(weights)
+    except (KeyError, RuntimeError, TypeError) as problem:
+        reason = " ".join(str(problem).split())[:300]
+        raise WeightsError(f"{path}: not a CLIP with a ResNet (RN50, RN101, RN50x4, ...): {reason}") from None
+    return encoder.eval()
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is missing") from None
+    except ValueError as problem:
+        raise WeightsError(f"{path} is not JSON: {problem}") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a JSON object")
+    return content
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a weight file by name, on the CPU, in the stored precision.
+
+    Reads safetensors, PyTorch's .bin (zipped or old) and TorchScript archives such as OpenAI's CLIP, told apart by
+    content. A file is data: nothing in it is ever executed. Raises WeightsError in one sentence.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head[8:9] == b"{":
+            return read_safetensors(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                if any(name.endswith("/constants.pkl") for name in names):
+                    return read_torchscript(archive, names[0].split("/")[0])
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(weights, dict) or not all(isinstance(x, torch.Tensor) for x in weights.values()):
+            raise ValueError("expected a dictionary of tensors")
+        return dict(weights)
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is missing") from None
+    except Exception as problem:                # whatever a broken or hostile file provokes in three parsers
+        reason = " ".join(str(problem).split())[:160] or type(problem).__name__
+        raise WeightsError(f"{path} is truncated or not a weight file: {reason}") from None
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, then the data without holes."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+              "BOOL": torch.bool}
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size:
+            raise ValueError(f"its header should have {length} bytes, the file has {size}")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    data, weights, reached = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:], {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != reached or not begin <= end <= len(data) or min(entry["shape"], default=0) < 0:
+            raise ValueError(f"{name} should lie at bytes {begin} to {end} of {len(data)}, after {reached}")
+        weights[name] = data[begin:end].clone().view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+        reached = end
+    if reached != len(data):
+        raise ValueError(f"{len(data) - reached} bytes belong to no tensor")
+    return weights
+
+
+class Inert:
+    """Stands in for every class of a TorchScript archive: keeps what it is given and does nothing."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
+def read_torchscript(archive: zipfile.ZipFile, root: str) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a TorchScript archive, by their state_dict names.
+
+    Its data.pkl may name three things: tensors to rebuild, their storages, and classes, which become `Inert`. Anything
+    else is refused, and the code/ of the archive is not even opened.
+    """
+    def rebuild(storage, offset, size, stride, *_):
+        return torch.as_strided(storage, size, stride, offset)          # raises beyond the end of the storage
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            if (module, name) == ("collections", "OrderedDict"):
+                return dict
+            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+                return rebuild
+            if module == "torch" and name.endswith("Storage"):
+                return name.removesuffix("Storage").lower()             # a word: which numbers the storage holds
+            if module == "torch.jit._pickle" and name.startswith("build_"):
+                return list
+            if module.startswith("__torch__"):
+                return type(name, (Inert,), {})
+            raise ValueError(f"it asks for {module}.{name}, which no weight file needs")
+
+        def persistent_load(self, pid):
+            _, kind, key, _, count = pid
+            dtype = {"byte": torch.uint8, "bool": torch.bool}.get(kind) or getattr(torch, kind)
+            raw = torch.frombuffer(bytearray(archive.read(f"{root}/data/{key}")), dtype=torch.uint8).view(dtype)
+            if len(raw) != count:
+                raise ValueError(f"storage {key} has {len(raw)} numbers, expected {count}")
+            return raw
+
+    def collect(module, prefix=""):
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield prefix + name, value
+            elif isinstance(value, Inert):
+                yield from collect(value, f"{prefix}{name}.")
+
+    with archive.open(f"{root}/data.pkl") as file:
+        return dict(collect(Reader(file).load()))

@@ -1,0 +1,523 @@
+"""Our model is transformers' BART where there are no pictures; its search, its pictures and its weight files."""
+
+import dataclasses
+import itertools
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration
+
+from model import CLIPResNet, Config, Model, WeightsError, generate, load_backbone, load_clip, read_weights
+
+VOCAB, PAD, END = 60, 1, 2
+SIZES = dict(vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+             encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, init_std=0.5)
+TINY = Config(vocab_size=VOCAB, d_model=32, heads=4, d_ff=64, encoder_layers=2, decoder_layers=2, max_positions=64,
+              feature_dim=8, dropout=0.0, start=END, pad=PAD, end=END)
+
+
+def their_bart(**sizes) -> BartForConditionalGeneration:
+    """Random weights, large enough that answers vary, and an end token that comes now and then."""
+    torch.manual_seed(0)
+    theirs = BartForConditionalGeneration(BartConfig(**SIZES | sizes)).eval()
+    shake(theirs)
+    theirs.final_logits_bias[0, END] = 4.0
+    return theirs
+
+
+def shake(model):
+    """Moves biases and norms away from 0 and 1, so that no two are alike."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+
+
+def save(theirs, folder, safe=True):
+    theirs.save_pretrained(folder, safe_serialization=safe)
+    return folder
+
+
+def our_bart(folder) -> Model:
+    ours = load_backbone(folder, feature_dim=8).eval()
+    ours.logits_bias[VOCAB:] = -1e9                                 # the added words are ours alone: never say them
+    return ours
+
+
+def questions(batch=50, longest=9):
+    """Random ids [batch, longest], padded right to their own lengths."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCAB, (batch, longest), generator=generator)
+    lengths = torch.randint(1, longest + 1, (batch, 1), generator=generator)
+    return ids.masked_fill(torch.arange(longest) >= lengths, PAD)
+
+
+def no_pictures(batch=50):
+    return torch.zeros(batch, 0, 1, 8)
+
+
+def our_model(seed=0, **changes) -> Model:
+    """A model with random weights, large enough that everything matters."""
+    torch.manual_seed(seed)
+    model = Model(dataclasses.replace(TINY, **changes)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.5)
+    shake(model)
+    return model
+
+
+@torch.no_grad()
+def distance(ours, theirs) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:enable_nested_tensor", "ignore:Detected pickle protocol")
+
+
+# ---- transformers' BART -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_the_logits_are_those_of_transformers(tmp_path, safe):
+    theirs, ids, labels = their_bart(), questions(), questions(longest=5)
+    ours = our_bart(save(theirs, tmp_path, safe))
+    assert {path.name for path in tmp_path.glob("*.*")} >= {"config.json", "model.safetensors" if safe else "pytorch_model.bin"}
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=(ids != PAD).long(), labels=labels).logits
+        assert distance(ours(ids, no_pictures(), labels)[..., :VOCAB], expected) < 1e-5
+
+
+def test_added_words_are_new_rows_behind_the_vocabulary(tmp_path):
+    theirs = their_bart()
+    ours = load_backbone(save(theirs, tmp_path), feature_dim=8)
+    assert ours.words.weight.shape == (VOCAB + 200, 32)
+    assert torch.equal(ours.words.weight[:VOCAB], theirs.model.shared.weight)
+    assert 0.015 < ours.words.weight[VOCAB:].std() < 0.025 and not ours.logits_bias[VOCAB:].any()
+
+
+@pytest.mark.parametrize("ngram", [0, 3])
+@pytest.mark.parametrize("beams", [1, 5])
+def test_the_words_are_those_of_transformers(tmp_path, beams, ngram):
+    theirs, ids = their_bart(), questions()
+    ours = our_bart(save(theirs, tmp_path))
+    ours.config = dataclasses.replace(ours.config, no_repeat_ngram=ngram, early_stopping=True)
+    said = theirs.generate(ids, attention_mask=(ids != PAD).long(), num_beams=beams, no_repeat_ngram_size=ngram, max_length=20,
+                           early_stopping=beams > 1, do_sample=False)
+    lengths = (said != PAD).sum(1)
+    assert len(said.unique(dim=0)) > 20 and len(lengths.unique()) > 3 and lengths.max() == 20           # a varied exam
+    assert generate(ours, ids, no_pictures(), beams, max_length=20).tolist() == said.tolist()
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("wish", [dict(no_repeat_ngram_size=2), dict(forced_bos_token_id=7), dict(length_penalty=3.0),
+                                  dict(early_stopping=True)], ids=lambda wish: next(iter(wish)))
+def test_wishes_of_the_backbone_are_honoured(tmp_path, wish, file):
+    theirs, ids = their_bart(), questions()
+    save(theirs, tmp_path)
+    (tmp_path / "generation_config.json").write_text("{}")
+    ask = dict(attention_mask=(ids != PAD).long(), num_beams=5, max_length=20, do_sample=False)
+    without = {} if "early_stopping" in wish else dict(early_stopping=True)
+    wish = dict(early_stopping=True) | wish                         # without it later versions of transformers go on longer
+    said = theirs.generate(ids, **ask, **wish)
+    assert said.tolist() != theirs.generate(ids, **ask, **without).tolist()
+    asked = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps(asked | wish))
+    assert generate(our_bart(tmp_path), ids, no_pictures(), 5, max_length=20).tolist() == said.tolist()
+
+
+# ---- a strict load ------------------------------------------------------------------------------------------------
+
+FC1, TABLE = "model.encoder.layers.1.fc1.weight", "model.shared.weight"
+
+
+def refused(folder) -> str:
+    with pytest.raises(WeightsError) as error:
+        load_backbone(folder, feature_dim=8)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({FC1: None}, f"no {FC1}"),
+    ({"model.encoder.layers.2.fc1.weight": torch.zeros(64, 32)}, "unknown model.encoder.layers.2.fc1.weight"),
+    ({FC1: torch.zeros(64, 31)}, f"{FC1} is [64, 31], expected [64, 32]"),
+    ({FC1: torch.zeros(32)}, f"{FC1} is [32], expected [64, 32]"),
+    ({TABLE: torch.zeros(30, 32)}, f"{TABLE} is [30, 32], expected [60, 32]"),
+    ({TABLE: torch.zeros(261, 32)}, f"{TABLE} is [261, 32], expected [60, 32]"),
+    ({"lm_head.weight": torch.zeros(60, 32)}, "are not the same table"),
+], ids=["missing", "extra", "shape", "dimensions", "too few words", "too many words", "two tables"])
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, changes, message):
+    theirs = their_bart()
+    save(theirs, tmp_path, safe=False)
+    weights = {name: tensor for name, tensor in (theirs.state_dict() | changes).items() if tensor is not None}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    said = refused(tmp_path)
+    assert message in said and str(tmp_path / "pytorch_model.bin") in said
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    save(their_bart(), tmp_path, safe=False)
+    torch.save(nn.Transformer(32, 4, 2, 2, 64).state_dict(), tmp_path / "pytorch_model.bin")
+    said = refused(tmp_path)
+    assert str(tmp_path / "pytorch_model.bin") in said and "no model.shared.weight" in said and "more" in said
+
+
+def test_weights_of_a_deeper_bart_are_refused(tmp_path):
+    save(their_bart(encoder_layers=3), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "bart"}))
+    said = refused(tmp_path)
+    assert str(tmp_path / "model.safetensors") in said and "unknown model.encoder.layers.2." in said
+
+
+def test_a_bart_saved_without_its_head_is_whole(tmp_path):
+    theirs = their_bart()
+    theirs.final_logits_bias.zero_()
+    save(theirs.model, tmp_path)
+    ours, ids = our_bart(tmp_path), questions()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=(ids != PAD).long(), labels=ids).logits
+        assert distance(ours(ids, no_pictures(), ids)[..., :VOCAB], expected) < 1e-5
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "is missing"), ("{", "is not JSON"), ("[]", "expected a JSON object"), ("{}", "model_type is None"),
+    (json.dumps(SIZES | {"model_type": "gpt2"}), "model_type is 'gpt2', expected one of bart"),
+    (json.dumps(SIZES | {"model_type": "bart", "encoder_attention_heads": 5}), "d_model is no multiple of"),
+    (json.dumps(SIZES | {"model_type": "bart", "activation_function": "relu"}), "only BART with gelu"),
+    (json.dumps(SIZES | {"model_type": "bart", "decoder_layers": -1}), "decoder_layers is -1, expected a number from 1 on"),
+    *((json.dumps({name: size for name, size in SIZES.items() if name != field} | {"model_type": "bart"}),
+       f"{field} is None, expected a number from 1 on")
+      for field in ("vocab_size", "d_model", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layers", "decoder_layers",
+                    "max_position_embeddings")),
+], ids=lambda x: "" if x is None or x[:1] in "{[" else x.replace("'", ""))
+def test_a_bad_config_is_named(tmp_path, content, message):
+    save(their_bart(), tmp_path)
+    (tmp_path / "config.json").unlink()
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    said = refused(tmp_path)
+    assert message in said and str(tmp_path / "config.json") in said
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    save(their_bart(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    said = refused(tmp_path)
+    assert str(tmp_path) in said and "neither model.safetensors nor pytorch_model.bin" in said
+
+
+# ---- weight files -------------------------------------------------------------------------------------------------
+
+TENSORS = {
+    "float": torch.randn(3, 5), "half": torch.randn(7).half(), "brain": torch.randn(2, 2).bfloat16(), "none": torch.zeros(0, 4),
+    "double": torch.randn(2).double(), "scalar": torch.tensor(1.5), "long": torch.arange(5), "bool": torch.tensor([True, False, True]),
+    "byte": torch.arange(3, dtype=torch.uint8)}
+
+
+class Net(nn.Module):
+    """With parameters, buffers and a module in a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner = nn.Linear(3, 5), nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2))
+        self.register_buffer("kept", torch.randn(4))
+
+    def forward(self, x):
+        return self.inner(self.first(x))
+
+
+def write_safetensors(path, header: dict, data: bytes, gap=""):
+    text = json.dumps(header).encode() + gap.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def write_torchscript(path) -> dict:
+    traced = torch.jit.trace(Net().eval(), torch.randn(2, 3)).half()
+    traced.save(path)
+    return traced.state_dict()
+
+
+WRITERS = {
+    "safetensors": lambda path: safetensors.torch.save_file(TENSORS, path, metadata={"format": "pt"}) or TENSORS,
+    "zip": lambda path: torch.save(TENSORS, path) or TENSORS,
+    "old": lambda path: torch.save(TENSORS, path, _use_new_zipfile_serialization=False) or TENSORS,
+    "torchscript": write_torchscript,
+}
+
+
+def same(ours: dict, theirs: dict) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == x.dtype and ours[name].shape == x.shape and torch.equal(ours[name], x) for name, x in theirs.items())
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_format_is_read_bit_by_bit(tmp_path, kind):
+    expected = WRITERS[kind](tmp_path / "weights")
+    assert same(read_weights(tmp_path / "weights"), expected)
+
+
+@pytest.mark.parametrize("gap", ["", " ", "  ", "   "])
+def test_a_safetensors_header_need_not_be_aligned(tmp_path, gap):
+    header = {"b": dict(dtype="F32", shape=[3], data_offsets=[2, 14]), "a": dict(dtype="F16", shape=[1, 1], data_offsets=[0, 2])}
+    a, b = torch.randn(1, 1).half(), torch.randn(3)
+    path = write_safetensors(tmp_path / "weights", header, a.numpy().tobytes() + b.numpy().tobytes(), gap)
+    assert same(read_weights(path), {"a": a, "b": b})
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_truncated_file_is_named(tmp_path, kind):
+    WRITERS[kind](tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    for length in (0, 1, 8, 9, 10, 50, len(whole) // 2, len(whole) - 10, len(whole) - 1):
+        (tmp_path / "cut").write_bytes(whole[:length])
+        with pytest.raises(WeightsError, match="truncated or not a weight file") as error:
+            read_weights(tmp_path / "cut")
+        assert str(tmp_path / "cut") in str(error.value), length
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(WeightsError, match=f"{tmp_path / 'weights'} is missing"):
+        read_weights(tmp_path / "weights")
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {"a": 1}, {"model": {"a": torch.zeros(2)}}], ids=["list", "number", "nested"])
+def test_only_a_dictionary_of_tensors_will_do(tmp_path, content):
+    torch.save(content, tmp_path / "weights")
+    with pytest.raises(WeightsError, match="expected a dictionary of tensors"):
+        read_weights(tmp_path / "weights")
+
+
+class Harm:
+    """Pickled, a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def as_torchscript(content, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(content))
+        archive.writestr("archive/constants.pkl", pickle.dumps(()))
+
+
+@pytest.mark.parametrize("write", [
+    torch.save, lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+    lambda content, path: path.write_bytes(pickle.dumps(content)), as_torchscript], ids=["zip", "old", "pickle", "torchscript"])
+@pytest.mark.parametrize("harm", [lambda mark: Harm(os.system, f"touch {mark}"), lambda mark: Harm(open, str(mark), "w"),
+                                  lambda mark: Harm(eval, f"open({str(mark)!r}, 'w')")], ids=["system", "open", "eval"])
+def test_a_hostile_file_does_nothing(tmp_path, write, harm):
+    mark = tmp_path / "harmed"
+    write({"harm": harm(mark), "weight": torch.zeros(2)}, tmp_path / "weights")        # harm first: nothing before it may be refused
+    with pytest.raises(WeightsError, match="not a weight file") as error:
+        read_weights(tmp_path / "weights")
+    assert not mark.exists() and str(tmp_path / "weights") in str(error.value)
+    pickle.loads(pickle.dumps(harm(mark)))
+    assert mark.exists()                                            # it would have
+
+
+def test_a_torchscript_tensor_cannot_reach_beyond_its_storage(tmp_path):
+    write_torchscript(tmp_path / "good")
+    shape, longer = b"(K\x05K\x03t", b"(K\x06K\x03t"                 # (5, 3) of first.weight, as pickled
+    with zipfile.ZipFile(tmp_path / "good") as good, zipfile.ZipFile(tmp_path / "bad", "w") as bad:
+        for name in good.namelist():
+            content = good.read(name)
+            if name.endswith("/data.pkl"):
+                assert content.count(shape) == 1
+                content = content.replace(shape, longer)
+            bad.writestr(name, content)
+    with pytest.raises(WeightsError, match="out of bounds"):
+        read_weights(tmp_path / "bad")
+
+
+def entry(begin, end, shape=(2,), dtype="F32"):
+    return dict(dtype=dtype, shape=list(shape), data_offsets=[begin, end])
+
+
+@pytest.mark.parametrize("header, message", [
+    ({"a": entry(0, 8), "b": entry(4, 12)}, "b should lie at bytes 4 to 12"),
+    ({"a": entry(0, 8), "b": entry(0, 8)}, "b should lie at bytes 0 to 8"),
+    ({"a": entry(0, 8), "b": entry(12, 20)}, "b should lie at bytes 12 to 20"),
+    ({"a": entry(0, 8), "b": entry(8, 28, (5,))}, "b should lie at bytes 8 to 28 of 20"),
+    ({"a": entry(8, 0)}, "a should lie at bytes 8 to 0"),
+    ({"a": entry(-8, 0)}, "a should lie at bytes -8 to 0"),
+    ({"a": entry(0, 8)}, "12 bytes belong to no tensor"),
+    ({"a": entry(0, 20, (4,))}, "shape"),
+    ({"a": entry(0, 20, (5,), "F5")}, "F5"),
+    ({"a": entry(0, 20, (5,)), "b": 7}, "subscriptable"),
+], ids=["overlap", "same", "hole", "beyond", "backwards", "negative", "rest", "shape", "dtype", "no entry"])
+def test_a_safetensors_header_that_lies_is_refused(tmp_path, header, message):
+    path = write_safetensors(tmp_path / "weights", header, bytes(20))
+    with pytest.raises(WeightsError, match=message) as error:
+        read_weights(path)
+    assert str(path) in str(error.value)
+
+
+# ---- CLIP ---------------------------------------------------------------------------------------------------------
+
+
+def their_clip() -> CLIPResNet:
+    torch.manual_seed(0)
+    encoder = CLIPResNet((1, 2, 1, 1), width=8, side=2, output_dim=16)
+    encoder.train()(torch.randn(4, 3, 64, 64))                      # moves the running statistics
+    return encoder.eval()
+
+
+def save_clip(encoder, path, text={"token_embedding.weight": torch.zeros(5, 4), "logit_scale": torch.tensor(1.0)}):
+    torch.save({"visual." + name: x for name, x in encoder.state_dict().items()} | text, path)
+    return path
+
+
+def test_the_sizes_of_a_clip_are_read_off_its_weights(tmp_path):
+    theirs = their_clip()
+    ours = load_clip(save_clip(theirs, tmp_path / "RN.pt"))
+    assert (ours.resolution, ours.feature_dim, ours.output_dim) == (64, 256, 16)
+    assert [len(layer) for layer in (ours.layer1, ours.layer2, ours.layer3, ours.layer4)] == [1, 2, 1, 1]
+    picture = torch.randn(2, 3, 64, 64)
+    assert not ours.training and torch.equal(ours(picture), theirs(picture)) and ours(picture).shape == (2, 256, 2, 2)
+
+
+def test_a_half_precision_torchscript_clip_is_read(tmp_path):
+    theirs = their_clip()
+    torch.jit.trace(nn.ModuleDict({"visual": theirs})["visual"], torch.randn(1, 3, 64, 64)).half().save(tmp_path / "traced")
+    weights = read_weights(tmp_path / "traced")
+    torch.save({"visual." + name: x for name, x in weights.items()}, tmp_path / "RN.pt")
+    ours = load_clip(tmp_path / "RN.pt")
+    assert all(x.dtype in (torch.float32, torch.int64) for x in ours.state_dict().values())
+    assert all(torch.equal(x.half(), weights[name].half()) for name, x in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("weights", [
+    {}, {"model.shared.weight": torch.zeros(2, 2)}, {"visual.conv1.weight": torch.zeros(4, 3, 16, 16), "visual.proj": torch.zeros(4, 4)},
+    {"visual." + name: x for name, x in their_clip().state_dict().items() if name != "layer2.1.bn1.bias"},
+    {"visual." + name: x for name, x in their_clip().state_dict().items()} | {"visual.layer2.1.more": torch.zeros(1)},
+], ids=["empty", "bart", "vision transformer", "missing", "extra"])
+def test_weights_that_are_no_clip_resnet_are_refused(tmp_path, weights):
+    torch.save(weights, tmp_path / "RN.pt")
+    with pytest.raises(WeightsError, match="not a CLIP with a ResNet") as error:
+        load_clip(tmp_path / "RN.pt")
+    assert str(tmp_path / "RN.pt") in str(error.value)
+
+
+def pooled_as_openai(pool, grid, positions):
+    """The attention pool of OpenAI's clip/model.py, with positions [1 + H W, C]."""
+    x = grid.flatten(2).permute(2, 0, 1)                                                    # [H W, B, C]
+    x = torch.cat([x.mean(0, keepdim=True), x]) + positions[:, None]
+    bias = torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias])
+    x, _ = F.multi_head_attention_forward(
+        x[:1], x, x, x.size(-1), pool.heads, None, bias, None, None, False, 0.0, pool.c_proj.weight, pool.c_proj.bias, training=False,
+        need_weights=False, use_separate_proj_weight=True, q_proj_weight=pool.q_proj.weight, k_proj_weight=pool.k_proj.weight,
+        v_proj_weight=pool.v_proj.weight)
+    return x[0]
+
+
+def test_the_attention_pool_is_openais():
+    pool, grid = their_clip().attnpool, torch.randn(3, 256, 2, 2)
+    assert distance(pool(grid), pooled_as_openai(pool, grid, pool.positional_embedding)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_larger_picture_is_pooled_with_resized_positions():
+    encoder = their_clip()
+    pool, grid = encoder.attnpool, encoder(torch.randn(2, 3, 96, 160))
+    assert grid.shape == (2, 256, 3, 5)
+    top, bottom = torch.randn(2, 256)
+    pool.positional_embedding[1:] = torch.stack([top, top, bottom, bottom])
+    middle = (top + bottom) / 2                                     # between two rows, by symmetry of any interpolation
+    resized = pool.positions(3, 5)
+    assert torch.equal(resized[0], pool.positional_embedding[0])
+    assert distance(resized[6:11], middle.expand(5, -1)) < 1e-5
+    assert distance(resized[1], resized[2:6]) < 1e-5 and distance(resized[11:16], resized[11:12]) < 1e-5
+    assert (resized[1] - top).norm() < (resized[1] - middle).norm() and (resized[11] - bottom).norm() < (resized[11] - middle).norm()
+    assert distance(pool(grid), pooled_as_openai(pool, grid, resized)) < 1e-5
+
+
+# ---- what must not matter, and what must --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_padding_changes_nothing():
+    model, ids, features, labels = our_model(), questions(6), torch.randn(6, 1, 4, 8), questions(6, 5)
+    assert distance(model(F.pad(ids, (0, 7), value=PAD), features, labels), model(ids, features, labels)) < 1e-5
+
+
+@torch.no_grad()
+def test_labels_behind_the_end_change_no_loss():
+    model, ids, features, labels = our_model(), questions(6), torch.randn(6, 1, 4, 8), questions(6, 5)
+    labels[labels == PAD], weights = -100, torch.rand(6)
+    longer = F.pad(labels, (0, 4), value=-100)
+    assert distance(model.loss(ids, features, longer, weights), model.loss(ids, features, labels, weights)) < 1e-5
+
+
+@torch.no_grad()
+def test_future_words_change_nothing():
+    model, ids, features, labels = our_model(), questions(6), torch.randn(6, 1, 4, 8), torch.randint(3, VOCAB, (6, 8))
+    other = labels.clone()
+    other[:, 3:] = torch.randint(3, VOCAB, (6, 5))
+    one, two = model(ids, features, labels), model(ids, features, other)
+    assert distance(one[:, :4], two[:, :4]) < 1e-6 and distance(one[:, 4:], two[:, 4:]) > 0.1
+
+
+@torch.no_grad()
+def test_the_cache_changes_nothing():
+    model, ids, features = our_model(forced_last=END), questions(), torch.randn(50, 2, 4, 8)
+    memory, mask = model.encode(ids, features)
+    words = torch.full((50, 1), END)
+    while words.size(1) < 12:
+        best = model.decode(words, memory, mask)[:, -1].argmax(-1) if words.size(1) < 11 else torch.full((50,), END)
+        ended = (words[:, 1:] == END).any(1)
+        words = torch.cat([words, best.masked_fill(ended, PAD)[:, None]], 1)
+    said = generate(model, ids, features, beams=1, max_length=12)
+    assert len(said.unique(dim=0)) > 20 and F.pad(said, (0, 12 - said.size(1)), value=PAD).tolist() == words.tolist()
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.5])
+@torch.no_grad()
+def test_a_beam_as_wide_as_the_language_finds_the_best_sentence(penalty):
+    """Three words, an end, and at most three of them: every sentence is scored one by one."""
+    model = our_model(vocab_size=5, length_penalty=penalty).double()
+    model.logits_bias[PAD] = -1e9
+    ids, features = torch.tensor([[0, 3, 4, 0], [3, 3, 1, 1], [4, 1, 1, 1], [0, 0, 4, 1]]), torch.randn(4, 1, 2, 8).double()
+    sentences = [words for n in range(4) for words in itertools.product((0, 3, 4), repeat=n)]
+
+    def score(words, memory, mask):
+        said = [END, *words] if len(words) == 3 else [END, *words, END]                     # cut, or ended
+        logs = model.decode(torch.tensor([said]), memory, mask)[0].log_softmax(-1)
+        return sum(logs[i, word] for i, word in enumerate(said[1:])) / (len(words) + 1) ** penalty
+
+    for row, said in zip(range(4), generate(model, ids, features, beams=27, max_length=4).tolist()):
+        memory = model.encode(ids[row:row + 1], features[row:row + 1])
+        best = max(sentences, key=lambda words: score(words, *memory))
+        expected = [END, *best, END][:4]
+        assert said == expected + [PAD] * (len(said) - len(expected))
+
+
+@torch.no_grad()
+def test_the_order_of_two_pictures_matters_by_their_numbers():
+    model, ids, pictures = our_model(), questions(6), torch.randn(6, 2, 4, 8)
+    read = lambda: [model.encode(ids, x)[0][:, :9] for x in (pictures, pictures.flip(1))]   # what the words see
+    assert distance(*read()) > 0.01
+    model.visual.picture.weight[1] = model.visual.picture.weight[0]
+    assert distance(*read()) < 1e-5
+
+
+@torch.no_grad()
+def test_visual_token_o_has_the_word_row_vocab_minus_1_minus_o():
+    model, features = our_model(), torch.randn(2, 2, 6, 8)
+    plain = model.visual(features, model.words.weight)
+    for o in range(6):
+        table = model.words.weight.clone()
+        table[VOCAB - 1 - o] += 1
+        moved = (model.visual(features, table) - plain).unflatten(1, (2, 6))
+        expected = torch.zeros_like(moved)
+        expected[:, :, o] = 1
+        assert torch.allclose(moved, expected, atol=1e-5)
