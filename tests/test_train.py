@@ -1,0 +1,267 @@
+"""train.py: runs that are killed, resumed, spread over processes or badly asked for."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+from data import report_problems
+from evaluate import PROBLEMS
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--epochs", "2", "--batch", "12", "--lr", "1e-3"]
+
+
+def flags_of(tiny: Path) -> list[str]:
+    return ["--data", str(tiny / "datasets"), "--weights", str(tiny / "weights"), "--backbone", "bart-mini",
+            "--vision", "RN-mini"]
+
+
+def command(*words) -> int:
+    """Runs train.py in this process; gives its exit code."""
+    sys.argv = ["train.py", *map(str, words)]
+    try:
+        report_problems(train.main, *PROBLEMS)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+
+
+def final_weights(run: Path) -> dict:
+    return torch.load(run / "last.pt", weights_only=True)["weights"]
+
+
+def same(ours: dict, theirs: dict, bound: float = 0.0) -> bool:
+    return ours.keys() == theirs.keys() and all((ours[n] - theirs[n]).abs().max() <= bound for n in ours)
+
+
+# ---- what a run leaves --------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_did_and_where_it_lies(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert command("--method", "compacter", "--tasks", "vqa,gqa", *SMALL, *flags_of(tiny), "--out", run) == 0
+    said = capsys.readouterr().out
+    for part in (f"data: {tiny / 'datasets'}", "compacter (all): 10 places, trains", "epoch 2, validation", f"evaluate.py {run}",
+                 f"best.pt has its {(run / 'best.pt').stat().st_size / 1e6:.1f} MB"):
+        assert part in said
+    config = json.loads((run / "config.json").read_text())
+    assert config["flags"]["method"] == "compacter" and len(config["backbone_sha256"]) == 64
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "scores" in line] == [1, 2]
+    saved = torch.load(run / "best.pt", weights_only=True)
+    assert (run / "best.pt").stat().st_size < 4 * sum(x.numel() for x in saved["weights"].values()) + 100_000
+    assert "optimizer" not in saved and "added_words" in saved["weights"]
+    assert not any(name.startswith("encoder.layers.0.self_attn.inner") for name in saved["weights"]), "the backbone is not saved"
+
+
+def test_training_lowers_the_loss_and_full_trains_everything(tiny, tmp_path):
+    assert command("--method", "full", "--tasks", "gqa", "--epochs", 6, "--batch", 12, "--lr", "1e-3", *flags_of(tiny),
+                   "--out", tmp_path / "run") == 0
+    losses = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in losses if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    assert "words.weight" in final_weights(tmp_path / "run")
+
+
+def test_flags_of_the_paper_are_the_defaults(tmp_path):
+    given = {"data": "d", "weights": "w"}
+    cpu = torch.device("cpu")
+    flags = train.complete(given | {"method": "adapter", "share": "none"}, cpu, 1)
+    assert (flags["lr"], flags["batch"], flags["epochs"], flags["backbone"]) == (3e-4, 500, 20, "bart-base")
+    assert train.complete(given | {"method": "full"}, cpu, 1)["lr"] == 1e-4
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [train.learning_rate(step, 100, 2.0) for step in range(101)]
+    assert rates[0] == 0 and rates[5] == 1 and rates[10] == 2 and rates[55] == 1 and rates[100] == 0
+
+
+# ---- killed, resumed, spread --------------------------------------------------------------------------------------
+
+
+def child(words, folder):
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.exit(command(*words))
+
+
+def test_killed_at_twenty_moments_and_resumed_it_ends_with_the_same_weights(tiny, tmp_path, monkeypatch):
+    processes = multiprocessing.get_context("forkserver")           # imports torch once; each run is a fork of that
+    processes.set_forkserver_preload(["test_train", "torch._dynamo"])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    words = ["--method", "compacter", "--share", "none", "--tasks", "vqa,gqa", "--epochs", "4", "--batch", "12", "--seed", "7",
+             *flags_of(tiny)]
+
+    def go(words, kill_after=None):
+        process = processes.Process(target=child, args=(words, str(tmp_path)))
+        began = time.monotonic()
+        process.start()
+        process.join(kill_after)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return process.exitcode, time.monotonic() - began
+
+    code, warm = go([*words, "--out", "warm"])
+    code, whole = go([*words, "--out", "undisturbed"])
+    assert code == 0
+    rng, kills, run, saves = random.Random(5), 0, tmp_path / "killed", set()
+    while kills < 20:
+        begun = (run / "config.json").exists()
+        code, _ = go(["--resume", "killed"] if begun else [*words, "--out", "killed"], rng.uniform(0.1, 1.0) * whole)
+        if code == 0:                                               # it reached the end: once more from the beginning
+            assert same(final_weights(run), final_weights(tmp_path / "undisturbed"))
+            shutil.rmtree(run)
+        kills += code != 0
+        if (run / "last.pt").exists():
+            saves.add(torch.load(run / "last.pt", weights_only=True)["step"])       # readable, whenever it was killed
+    code, _ = go(["--resume", "killed"] if (run / "config.json").exists() else [*words, "--out", "killed"])
+    assert code == 0 and len(saves) > 1
+    assert same(final_weights(run), final_weights(tmp_path / "undisturbed"))
+    scores = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if "scores" in line]
+              for folder in (run, tmp_path / "undisturbed")]
+    assert scores[0] == scores[1]
+
+
+def test_saved_in_the_middle_of_an_epoch_it_goes_on_there(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 3)
+    words = ["--method", "lora", "--tasks", "vqa,gqa", *SMALL, *flags_of(tiny)]             # lora: its dropout is resumed too
+    assert command(*words, "--out", tmp_path / "whole") == 0
+    saved, steps = train.save, []
+
+    def stop(run, model, optimizer, step, best):
+        saved(run, model, optimizer, step, best)
+        steps.append(step)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", stop)
+    assert command(*words, "--out", tmp_path / "stopped") == 130
+    monkeypatch.setattr(train, "save", saved)
+    assert command("--resume", tmp_path / "stopped") == 0
+    assert same(final_weights(tmp_path / "stopped"), final_weights(tmp_path / "whole"))
+
+
+def test_two_processes_end_with_the_weights_of_one(tiny, tmp_path):
+    words = ["--method", "adapter", "--share", "none", "--tasks", "vqa,gqa", *SMALL, *flags_of(tiny)]
+    assert command(*words, "--out", tmp_path / "one") == 0
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train.py",
+                    *words, "--out", tmp_path / "two"], check=True, capture_output=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    assert same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"), 1e-6)
+
+
+# ---- bad input: one sentence, exit code 2 -------------------------------------------------------------------------
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def truncate(path: Path, size: int = 3000):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def misshape(path: Path):
+    weights = torch.load(path, weights_only=True)
+    weights["model.encoder.layers.0.fc1.weight"] = torch.zeros(3, 3)
+    torch.save(weights, path)
+
+
+def hostile(path: Path):
+    path.write_bytes(pickle.dumps(Hostile(str(path.parent / "executed"))))
+
+
+BART, RN = "weights/bart-mini/pytorch_model.bin", "weights/RN-mini.pt"
+BAD_INPUT = {
+    "unknown method": ((), ["--method", "magic"], "unknown method: 'magic'; known are full, adapter"),
+    "unknown task": ((), ["--tasks", "vqa,tennis"], "unknown task: 'tennis'; known are vqa, gqa"),
+    "unknown share": ((), ["--share", "some"], "invalid choice: 'some' (choose from"),
+    "share a method has not": ((), ["--method", "lora", "--share", "half"], "lora has no --share half; it has all, none"),
+    "unknown size": ((), ["--sizes", "bottleneck=3"], "unknown size of adapter: 'bottleneck'; known are reduction"),
+    "unknown site": ((), ["--sites", "nowhere"], "unknown site: 'nowhere' is nowhere among the places"),
+    "abbreviated flag": ((), ["--meth", "adapter"], "unrecognized arguments: --meth"),
+    "no such weights": ((), ["--backbone", "bart-large"], "no weights called bart-large in"),
+    "no such device": ((), ["--device", "nonsense"], "device 'nonsense' cannot be used"),
+    "batch of nothing": ((), ["--batch", "0"], "--batch, --epochs and --lr are positive numbers"),
+    "bart truncated": ((truncate, BART), [], "pytorch_model.bin is truncated or not a weight file"),
+    "bart misshapen": ((misshape, BART), [], "model.encoder.layers.0.fc1.weight is [3, 3], expected [256, 128]"),
+    "bart hostile": ((hostile, BART), [], "pytorch_model.bin is truncated or not a weight file"),
+    "clip truncated": ((truncate, RN), [], "RN-mini.pt is truncated or not a weight file"),
+    "clip of another model": ((lambda p: shutil.copy(p.parent / "bart-mini/pytorch_model.bin", p), RN), [], "not a CLIP with a ResNet"),
+    "clip hostile": ((hostile, RN), [], "RN-mini.pt is truncated or not a weight file"),
+    "vocabulary truncated": ((lambda p: truncate(p, 200), "weights/bart-mini/vocab.json"), [], "vocab.json is truncated or not JSON"),
+    "picture missing": ((Path.unlink, "datasets/GQA/images/2000003.jpg"), [], "1 of 18 pictures are missing"),
+    "picture truncated": ((lambda p: truncate(p, 300), "datasets/GQA/images/2000003.jpg"), [],
+                          "1 of 18 pictures are unreadable"),
+    "sizes of no use": ((), ["--sizes", "reduction=0"], "--method adapter cannot be installed"),
+    "two methods for one place": ((), ["--method", "adapter+compacter"], "is filled already"),
+    "questions missing": ((Path.unlink, "datasets/GQA/val_balanced_questions.json"), [], "val_balanced_questions.json is missing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_told_in_one_sentence(tiny, tmp_path, capsys, name):
+    spoil, words, message = BAD_INPUT[name]
+    world = tmp_path / "world"
+    shutil.copytree(tiny, world, ignore=shutil.ignore_patterns("features"))
+    if spoil:
+        spoil[0](world / spoil[1])
+    assert command(*flags_of(world), "--tasks", "gqa", "--out", tmp_path / "run", *words) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1] and not any("Traceback" in line for line in said)
+    assert not list(tmp_path.rglob("executed")), "nothing in a file is executed"
+    assert not (tmp_path / "run").exists(), "and no run is left behind"
+
+
+def test_a_run_of_another_method_or_backbone_is_not_resumed(tiny, tmp_path, capsys):
+    world, run = tmp_path / "world", tmp_path / "run"
+    shutil.copytree(tiny, world)
+    assert command("--method", "adapter", "--tasks", "gqa", *SMALL, *flags_of(world), "--out", run) == 0
+    assert command("--resume", run, "--method", "lora") == 2
+    assert "was begun with method adapter, not lora" in capsys.readouterr().err
+    assert command("--method", "lora", "--tasks", "gqa", *SMALL, *flags_of(world), "--out", run) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    weights = torch.load(world / BART, weights_only=True)
+    weights["final_logits_bias"] += 1
+    torch.save(weights, world / BART)
+    assert command("--resume", run) == 2
+    assert "was begun with other weights" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tiny, tmp_path, monkeypatch, capsys):
+    run, whole = tmp_path / "run", data.os.fsync
+    words = ["--method", "adapter", "--tasks", "gqa", *SMALL, *flags_of(tiny), "--out", run]
+
+    def full(file):
+        if (run / "last.pt").exists():                  # from the second epoch on
+            raise OSError(28, "No space left on device")
+        whole(file)
+
+    monkeypatch.setattr(data.os, "fsync", full)
+    assert command(*words) == 2
+    assert "could not be saved (No space left on device)" in capsys.readouterr().err
+    assert torch.load(run / "last.pt", weights_only=True)["step"] > 0 and not list(run.glob("*.unfinished"))
+    monkeypatch.setattr(data.os, "fsync", whole)
+    assert command("--resume", run) == 0
