@@ -1,19 +1,23 @@
 """Pixels and words become tensors.
 
-The table of tasks comes first; everything below serves a column of it: readers of the official files, pictures and the
-store of their features, batches of one shape. `python data.py --data DIR` says what of all that is there.
+Readers of the official files come first and end in the table of tasks; then pictures, videos and the store of their
+features, and batches of one shape. `python data.py --data DIR` says what of all that is there.
 
 Layout of DIR, as the official archives unpack and as the authors' repository has it:
 
-    vqa/   v2_OpenEnded_mscoco_{train2014,val2014}_questions.json   v2_mscoco_{train2014,val2014}_annotations.json
-    COCO/  images/{train2014,val2014}/*.jpg   dataset_coco.json
-    GQA/   images/*.jpg   {train,val,testdev}_balanced_questions.json          or VG/VG_100K/*.jpg, VG/VG_100K_2/*.jpg
+    vqa/    v2_OpenEnded_mscoco_{train2014,val2014}_questions.json   v2_mscoco_{train2014,val2014}_annotations.json
+    COCO/   images/**/*.jpg   dataset_coco.json
+    GQA/    images/*.jpg   {train,val,testdev}_balanced_questions.json          or VG/**/*.jpg for the pictures
+    nlvr/   images/**/*.png   {train,dev,test1}.json
+    video/  ann/{tvqa,how2qa,tvc,yc2c}/*.jsonl   ann/{tv,how2,yc2}_subtitles.jsonl
+            videos/{tv,how2,yc2}/NAME.mp4, or folders NAME/*.jpg at 3 fps       or vis_features/{tv,how2,yc2}/clip-vit/*.npz
 
-Paper: https://arxiv.org/abs/2112.06825, section 4. Needs torch, numpy, pillow, tqdm and of ours tokenizer.py.
+Paper: https://arxiv.org/abs/2112.06825, section 4. Needs torch, numpy, pillow, av, tqdm and of ours tokenizer.py.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -22,16 +26,22 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 from tokenizer import BPE
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # CLIP's, of pixels in 0..1
+FRAMES, FPS = 64, Fraction(2, 3)                        # visual tokens of a video, frames a second (VALUE's features)
 
 
 class DataError(ValueError):
@@ -40,13 +50,14 @@ class DataError(ValueError):
 
 @dataclass(slots=True)
 class Example:
-    """One question, from whatever data set."""
+    """One question, statement, picture to describe, ..., from whatever data set."""
     id: int | str
-    pictures: tuple[str, ...]                # file names below the data folder
+    pictures: tuple[str, ...]                # names of files, without folder and suffix; or of one video
     text: str
     answers: dict[str, float]                # what may be learned, with weights; empty where there are no labels
-    kind: str = ""                           # the kind of question, for blind baselines and tables
+    kind: str = ""                           # the kind of question, for blind baselines
     truth: dict = field(default_factory=dict)       # what the metric wants to know
+    subtitles: str = ""                      # of a video: stands before the text, and is cut where both are too long
 
 
 # ---- VQAv2 --------------------------------------------------------------------------------------------------------
@@ -98,18 +109,26 @@ def vqa_vocabulary(folder: Path, annotations: Iterable[dict]) -> set[str]:
 
 
 def read_vqa(data: Path, split: str) -> list[Example]:
-    """Karpathy's parts of train2014 and val2014 together; an answer's weight is its soft score."""
+    """Karpathy's parts of train2014 and val2014 together, or test2015; an answer's weight is its soft score."""
+    if split == "test2015":
+        path = data / "vqa" / "v2_OpenEnded_mscoco_test2015_questions.json"
+        return [Example(r["question_id"], (f"COCO_test2015_{r['image_id']:012d}",), r["question"], {})
+                for r in records(path, "question_id", "image_id", "question", key="questions")]
+    if (data / "vqa" / f"{split}.json").exists():           # VL-T5's list, in the place of the official files
+        return [Example(r["question_id"], (r["img_id"],), r["sent"], r["label"], r.get("question_type", ""),
+                        {"answers": [a["answer"] for a in r.get("answers", ())], "type": r.get("answer_type", "")})
+                for r in records(data / "vqa" / f"{split}.json", "question_id", "img_id", "sent", "label")]
     coco = data / "COCO" / "dataset_coco.json"
-    parts = {"karpathy_train": ("train", "restval"), "karpathy_val": ("val",), "karpathy_test": ("test",)}[split]
-    members = {image["cocoid"]: image["filepath"] for image in records(coco, "images", "cocoid", "filepath", "split")
-               if image["split"] in parts}
+    members = {image["cocoid"]: image["filepath"] for image in records(coco, "cocoid", "filepath", "split", key="images")
+               if image["split"] in KARPATHY[split]}
     annotations, questions = {}, {}
     for year in ("train2014", "val2014"):
         asked = data / "vqa" / f"v2_OpenEnded_mscoco_{year}_questions.json"
         given = data / "vqa" / f"v2_mscoco_{year}_annotations.json"
-        questions |= {r["question_id"]: r for r in records(asked, "questions", "question_id", "image_id", "question")}
-        annotations |= {r["question_id"]: r for r in records(given, "annotations", "question_id", "image_id", "answers",
-                                                             "multiple_choice_answer")}
+        questions |= {r["question_id"]: r
+                      for r in records(asked, "question_id", "image_id", "question", key="questions")}
+        annotations |= {r["question_id"]: r for r in records(given, "question_id", "image_id", "answers",
+                                                             "multiple_choice_answer", key="annotations")}
         if questions.keys() != annotations.keys():
             odd = min(questions.keys() ^ annotations.keys())
             raise DataError(f"{data / 'vqa'}: the questions and annotations of {year} do not match; "
@@ -122,8 +141,8 @@ def read_vqa(data: Path, split: str) -> list[Example]:
             people = [answer["answer"] for answer in annotation["answers"]]
             answers = {answer: SOFT_SCORES[min(count, 4)] for answer, count in Counter(people).items()
                        if answer in vocabulary}
-            examples.append(Example(number, (f"COCO/images/{members[image]}/COCO_{members[image]}_{image:012d}.jpg",),
-                                    question["question"], answers, annotation.get("question_type", ""),
+            examples.append(Example(number, (f"COCO_{members[image]}_{image:012d}",), question["question"], answers,
+                                    annotation.get("question_type", ""),
                                     {"answers": people, "type": annotation.get("answer_type", "")}))
     return examples
 
@@ -132,21 +151,120 @@ def read_vqa(data: Path, split: str) -> list[Example]:
 
 
 def read_gqa(data: Path, split: str) -> list[Example]:
-    """The balanced questions of one or more official parts ("train,val")."""
-    examples = []
+    """The balanced questions of one or more official parts ("train,val"), or all questions of one ("testdev_all").
+
+    Where there is no file of all, the balanced ones do; where there is VL-T5's list, as train.json, it does.
+    """
+    converted, examples = {"val": "valid", "submission": "submit"}, []
     for part in split.split(","):
-        path = data / "GQA" / f"{part}_balanced_questions.json"
+        part, balanced = part.removesuffix("_all"), not part.endswith("_all")
+        paths = [data / "GQA" / f"{part}_{kind}_questions.json" for kind in ("balanced", "all")]
+        path = paths[not balanced and (paths[1].exists() or not paths[0].exists())]
+        if not path.exists() and (listed := data / "GQA" / f"{converted.get(part, part)}.json").exists():
+            for r in records(listed, "question_id", "img_id", "sent"):
+                label = r.get("label") or {}
+                examples.append(Example(str(r["question_id"]), (str(r["img_id"]),), r["sent"], label, "",
+                                        {"answer": max(label, key=label.get, default=None)}))
+            continue
         content = read_json(path)
         foreign = DataError(f"{path} is not GQA's: expected an object {{question id: {{imageId, question, ...}}}}")
         if not isinstance(content, dict):
             raise foreign
-        for number, record in content.items():
-            if not isinstance(record, dict) or not {"imageId", "question"} <= record.keys():
+        for number, r in content.items():
+            if not isinstance(r, dict) or not {"imageId", "question"} <= r.keys():
                 raise foreign
-            types = record.get("types") or {}
-            examples.append(Example(number, (f"GQA/images/{record['imageId']}.jpg",), record["question"],
-                                    {record["answer"]: 1.0} if "answer" in record else {}, types.get("detailed", ""),
-                                    {"answer": record.get("answer"), "structural": types.get("structural", "")}))
+            types = r.get("types") or {}
+            examples.append(Example(number, (r["imageId"],), r["question"], {r["answer"]: 1.0} if "answer" in r else {},
+                                    types.get("detailed", ""),
+                                    {"answer": r.get("answer"), "structural": types.get("structural", ""),
+                                     "balanced": r.get("isBalanced", True), "entailed": r.get("entailed", ())}))
+    return examples
+
+
+# ---- NLVR2 --------------------------------------------------------------------------------------------------------
+
+
+def read_nlvr(data: Path, split: str) -> list[Example]:
+    """Statements on two pictures, left and right, from the official JSON lines or VL-T5's list."""
+    listed = data / "nlvr" / {"dev": "valid.json", "test1": "test.json"}.get(split, f"{split}.json")
+    path, examples = data / "nlvr" / f"{split}.json", []
+    for r in records(listed if listed.exists() and not path.exists() else path, "identifier"):
+        if "sent" in r:
+            pictures, text, label = (r.get("img0"), r.get("img1")), r["sent"], r.get("label")
+        else:
+            pair = r["identifier"].rpartition("-")[0]       # split-set-pair, without the number of the sentence
+            pictures, text, label = (f"{pair}-img0", f"{pair}-img1"), r.get("sentence"), r.get("label")
+        label = {"True": "true", "False": "false", 1: "true", 0: "false", None: None}.get(label, "")
+        if not text or label == "" or None in pictures:
+            raise DataError(f"{path}: {r['identifier']} should have a sentence and a label True or False")
+        examples.append(Example(r["identifier"], pictures, text, {label: 1.0} if label else {}, "", {"answer": label}))
+    return examples
+
+
+# ---- COCO captions ------------------------------------------------------------------------------------------------
+
+KARPATHY = {"karpathy_train": ("train", "restval"), "karpathy_val": ("val",), "karpathy_test": ("test",)}
+
+
+def read_captions(data: Path, split: str) -> list[Example]:
+    """For training one example a caption; elsewhere one a picture, with all its captions as references.
+
+    Besides Karpathy's splits, for the COCO server: val2014 of dataset_coco.json, test2014 of image_info_test2014.json.
+    """
+    if split == "test2014":
+        path = data / "COCO" / "image_info_test2014.json"
+        return [Example(r["id"], (Path(r["file_name"]).stem,), "", {})
+                for r in records(path, "id", "file_name", key="images")]
+    examples = []
+    for r in records(data / "COCO" / "dataset_coco.json", "cocoid", "filename", "filepath", "split", "sentences",
+                     key="images"):
+        if r["split"] in KARPATHY.get(split, ()) or r["filepath"] == split:
+            picture, captions = (Path(r["filename"]).stem,), {s["sentid"]: s["raw"].strip() for s in r["sentences"]}
+            if split == "karpathy_train":
+                examples += [Example(number, picture, "", {caption: 1.0}) for number, caption in captions.items()]
+            else:
+                examples.append(Example(r["cocoid"], picture, "", {}, "", {"references": list(captions.values())}))
+    return examples
+
+
+# ---- videos: TVQA, How2QA, TVC, YC2C as the VALUE benchmark publishes them ----------------------------------------
+
+
+def read_subtitles(data: Path, videos: str) -> dict[str, str]:
+    """All that is said in each video, joined."""
+    path = data / "video" / "ann" / f"{videos}_subtitles.jsonl"
+    return {str(r["vid_name"]): " ".join(line.get("text", "").strip() for line in r["sub"])
+            for r in records(path, "vid_name", "sub")}
+
+
+def choose_from(question: str, moment: str, choices: Iterable[str]) -> str:
+    """A question with its moment and its numbered answers, to be answered by "a2"."""
+    listed = " ".join(f"a{i}: {choice.strip(' .')}." for i, choice in enumerate(choices))
+    return f"[Q] {question} [TS] ({moment}) [Choices] {listed}"
+
+
+def read_choices(task: str, videos: str, choices: int, data: Path, split: str) -> list[Example]:
+    """TVQA and How2QA. A moment that is "NaN-NaN" stays that, as in the original."""
+    said, names, examples = read_subtitles(data, videos), [f"a{i}" for i in range(choices)], []
+    for r in records(data / "video" / "ann" / task / f"{task}_{split}.jsonl", "qid", "q", "ts", "vid_name", *names):
+        right = f"a{r['answer_idx']}" if "answer_idx" in r else None
+        examples.append(Example(r["qid"], (str(r["vid_name"]),), choose_from(r["q"], r["ts"], [r[name] for name in names]),
+                                {right: 1.0} if right else {}, " ".join(r["q"].split()[:2]).lower(),
+                                {"answer": right, "show": r.get("show_name", "")}, said.get(str(r["vid_name"]), "")))
+    return examples
+
+
+def read_moments(task: str, videos: str, data: Path, split: str) -> list[Example]:
+    """TVC and YC2C: for training one example a description; elsewhere one a clip, with all its descriptions."""
+    said, examples = read_subtitles(data, videos), []
+    for r in records(data / "video" / "ann" / task / f"{task}_{split}.jsonl", "clip_id", "vid_name"):
+        video, descriptions = str(r["vid_name"]), r.get("descs", ())
+        about = dict(pictures=(video,), text=f"[TS] ({r['ts']})" if "ts" in r else "", subtitles=said.get(video, ""))
+        if split.startswith("train"):
+            examples += [Example(id=d["desc_id"], answers={d["desc"].strip(): 1.0}, **about) for d in descriptions]
+        else:
+            truth = {"references": [d["desc"] for d in descriptions], "video": video, "ts": r.get("ts")}
+            examples.append(Example(id=r["clip_id"], answers={}, truth=truth, **about))
     return examples
 
 
@@ -155,8 +273,8 @@ def read_gqa(data: Path, split: str) -> list[Example]:
 
 @dataclass(frozen=True)
 class Task:
-    prompt: str                              # put before the question, so that one adapter can tell the tasks apart
-    text: int                                # longest question in tokens
+    prompt: str                              # around the text, so that one adapter can tell the tasks apart
+    text: int                                # longest question in tokens, with its subtitles
     answer: int                              # longest answer to learn, in tokens
     batch: float                             # size of a batch, relative to --batch
     read: Callable[[Path, str], list[Example]]
@@ -165,60 +283,141 @@ class Task:
     test: str
     counts: dict[str, int]                   # how many examples the official splits have
     metric: str                              # a key of evaluate.METRICS
-    pictures: str                            # the data set whose pictures it asks about
+    pictures: str                            # a key of FOLDERS: whose pictures or videos it asks about
+    submission: dict[str, str]               # split -> file that the official server wants
     source: str                              # where to get it
+    beams: int = 1                           # of beam search, in evaluation
+    choices: tuple[str, ...] = ()            # the only answers there are: the likeliest by its first token
+    token_mean: bool = False                 # the loss is a mean over the tokens of the batch, not over its examples
+
+    @property
+    def video(self) -> bool:
+        return self.pictures in VIDEOS
 
 
-TASKS = {  # lengths, batches and splits: multitask.py of the original, whose prompt for GQA is "gpa: ", a slip of the pen
-    "vqa": Task("vqa: ", 20, 10, 1, read_vqa, "karpathy_train", "karpathy_val", "karpathy_test",
-                {"karpathy_train": 605102, "karpathy_val": 26729, "karpathy_test": 26280}, "vqa", "COCO",
-                "https://visualqa.org/download.html, https://cocodataset.org and caption_datasets.zip of "
-                "https://cs.stanford.edu/people/karpathy/deepimagesent"),
-    "gqa": Task("gqa: ", 20, 10, 5 / 3, read_gqa, "train,val", "testdev", "testdev",
-                {"train,val": 1075062, "testdev": 12578}, "gqa", "GQA",
+COCO_SOURCE = "https://cocodataset.org and caption_datasets.zip of https://cs.stanford.edu/people/karpathy/deepimagesent"
+VALUE_SOURCE = "https://github.com/VALUE-Leaderboard/DataRelease"
+TASKS = {  # lengths, batches, beams and splits: multitask.py and multitask_video.py of the original, whose prompt for GQA
+    # is "gpa: ", a slip of the pen; NLVR2 has no longest text there
+    "vqa": Task("vqa: {}", 20, 10, 1, read_vqa, "karpathy_train", "karpathy_val", "karpathy_test",
+                {"karpathy_train": 605102, "karpathy_val": 26729, "karpathy_test": 26280, "test2015": 447793}, "vqa",
+                "COCO", {"test2015": "vqa_OpenEnded_mscoco_test2015_vladapter_results.json"},
+                f"https://visualqa.org/download.html, {COCO_SOURCE}"),
+    "gqa": Task("gqa: {}", 20, 10, 5 / 3, read_gqa, "train,val", "testdev", "testdev_all",
+                {"train,val": 1075062, "testdev": 12578, "testdev_all": 172174}, "gqa", "GQA",
+                {"submission_all": "gqa_submission_all.json"},
                 "https://cs.stanford.edu/people/dorarad/gqa/download.html"),
+    "nlvr": Task("nlvr: {}", 100, 10, 1 / 3, read_nlvr, "train", "dev", "test1",
+                 {"train": 86373, "dev": 6982, "test1": 6967}, "nlvr", "NLVR2", {"test1": "nlvr2_test1.csv"},
+                 "https://github.com/lil-lab/nlvr, folder nlvr2", choices=("false", "true")),
+    "caption": Task("caption: {}", 40, 40, 5 / 6, read_captions, "karpathy_train", "karpathy_val", "karpathy_test",
+                    {"karpathy_train": 566747, "karpathy_val": 5000, "karpathy_test": 5000}, "caption", "COCO",
+                    {f"{part}2014": f"captions_{part}2014_vladapter_results.json" for part in ("val", "test")},
+                    COCO_SOURCE, beams=5, token_mean=True),
+    "tvqa": Task("{} tvqa: ", 600, 20, 1, partial(read_choices, "tvqa", "tv", 5), "train", "val", "val",
+                 {"train": 122039, "val": 15253}, "choices", "tv",
+                 {"val": "tvqa/tvqa_val_predictions.json", "test_release": "tvqa/tvqa_test_predictions.json"},
+                 VALUE_SOURCE, beams=5),
+    "how2qa": Task("{} how2qa: ", 600, 20, 1, partial(read_choices, "how2qa", "how2", 4), "train_release", "val_release",
+                   "val_release", {"train_release": 34187, "val_release": 3115}, "choices", "how2",
+                   {"val_release": "how2qa/how2qa_val_predictions.json",
+                    "test_public_release": "how2qa/how2qa_test_public_predictions.json"}, VALUE_SOURCE, beams=5),
+    "tvc": Task("{} tvc: ", 600, 20, 1, partial(read_moments, "tvc", "tv"), "train_release", "val_release", "val_release",
+                {"train_release": 2 * 86603, "val_release": 10841}, "moment", "tv",
+                {f"{part}_release": f"tvc/tvc_{part}_predictions.jsonl" for part in ("val", "test")},
+                VALUE_SOURCE, beams=5),
+    "yc2c": Task("{} yc2c: ", 600, 20, 1, partial(read_moments, "yc2c", "yc2"), "train_release", "val_release",
+                 "val_release", {"train_release": 10337, "val_release": 3492}, "moment", "yc2",
+                 {f"{part}_release": f"yc2c/yc2c_{part}_predictions.jsonl" for part in ("val", "test")},
+                 VALUE_SOURCE, beams=5),
 }
-ELSEWHERE = {"GQA/images": ("VG/VG_100K", "VG/VG_100K_2")}     # GQA's pictures, but for testdev, are Visual Genome's
+FOLDERS = {"COCO": ["COCO/images"], "GQA": ["GQA/images", "VG"], "NLVR2": ["nlvr/images"],      # GQA's are also in VG
+           "tv": ["video/videos/tv"], "how2": ["video/videos/how2"], "yc2": ["video/videos/yc2"]}
+VIDEOS = "tv", "how2", "yc2"
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; `python data.py --data DIR` says where to get what is needed") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text") from None
 
 
 def read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; `python data.py --data DIR` says where to get what is needed") from None
+        return json.loads(read_text(path))
     except ValueError as problem:
+        if isinstance(problem, DataError):
+            raise
         raise DataError(f"{path} is truncated or not JSON: {problem}") from None
 
 
-def records(path: Path, key: str, *fields: str) -> list[dict]:
-    """The list under `key` of a JSON object, each of whose records has the fields."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise DataError(f"{path} is of another data set: expected an object with a list {key!r}")
-    for record in content[key]:
+def read_lines(path: Path) -> list:
+    """JSON lines, or one JSON list."""
+    content, found = read_text(path), []
+    if content.lstrip().startswith("["):
+        return read_json(path)
+    for number, line in enumerate(content.split("\n"), 1):
+        try:
+            if line.strip():
+                found.append(json.loads(line))
+        except ValueError as problem:
+            raise DataError(f"{path}, line {number} is truncated or not JSON: {problem}") from None
+    return found
+
+
+def records(path: Path, *fields: str, key: str | None = None) -> list[dict]:
+    """The list under `key` of a JSON object, or else JSON lines; each record has the fields."""
+    content = read_lines(path) if key is None else read_json(path)
+    if key is not None:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DataError(f"{path} is of another data set: expected an object with a list {key!r}")
+        content = content[key]
+    for record in content:
         missing = [name for name in fields if not isinstance(record, dict) or name not in record]
         if missing:
-            raise DataError(f"{path} is of another data set: a record of {key!r} has no {', '.join(missing)}")
-    return content[key]
+            raise DataError(f"{path} is of another data set: a record{f' of {key!r}' if key else ''} has no "
+                            f"{', '.join(missing)}")
+    return content
 
 
 def read_examples(data: str | Path, task: str, split: str) -> list[Example]:
-    """The examples of a split. Raises DataError where its files are missing, broken or empty."""
-    examples = TASKS[task].read(Path(data), split)
+    """The examples of a split. Raises DataError where its files are missing, broken or empty, or name an id twice."""
+    try:
+        examples = TASKS[task].read(Path(data), split)
+    except (AttributeError, KeyError, TypeError) as problem:
+        raise DataError(f"a record of {task}'s {split} below {data} is not as published: {problem!r}") from None
     if not examples:
         raise DataError(f"{task} has no examples for {split} below {data}")
+    number, count = Counter(e.id for e in examples).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{task}'s {split} below {data} has the id {number} {count} times")
     return examples
 
 
-# ---- pictures and their features ----------------------------------------------------------------------------------
+# ---- pictures and videos ------------------------------------------------------------------------------------------
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".npz"}
 
 
-def find_picture(data: Path, name: str) -> Path | None:
-    folder, _, file = name.rpartition("/")
-    for place in (folder, *ELSEWHERE.get(folder, ())):
-        if (data / place / file).exists():
-            return data / place / file
-    return None
+def find_files(folders: Iterable[Path], names: Iterable[str]) -> dict[str, Path]:
+    """Where the named pictures and videos lie: anywhere below the folders, numbered ones or flat, with any suffix.
+
+    A folder that has the name of a video is that video, in frames.
+    """
+    wanted, found = set(names), {}
+    for top in folders:
+        for folder, inner, files in os.walk(top):
+            for name in wanted.intersection(inner):
+                found.setdefault(name, Path(folder, name))
+            inner[:] = [name for name in inner if name not in wanted]
+            for name in files:
+                stem, suffix = os.path.splitext(name)
+                if stem in wanted and suffix.lower() in SUFFIXES:
+                    found.setdefault(stem, Path(folder, name))
+    return found
 
 
 def load_picture(path: Path, resolution: int) -> np.ndarray:
@@ -230,40 +429,156 @@ def load_picture(path: Path, resolution: int) -> np.ndarray:
         raise DataError(f"{path} is not a readable picture: {problem}") from None
 
 
+def sample(frames: Iterable[tuple[Fraction, Fraction, object]], fps: Fraction) -> Iterator:
+    """Of (time, duration, frame) the frames that ffmpeg's filter fps keeps, with which VALUE's features were made.
+
+    A frame at time t is for output round(t fps). Output k is the last frame that is for k or an earlier one; so at 30
+    frames a second and fps 2/3 frames 22, 67, 112, ... are kept. Gaps repeat a frame, short videos may keep none.
+    """
+    near = lambda time: math.floor(time * fps + Fraction(1, 2))
+    last = output = None
+    for time, duration, frame in frames:
+        output = near(time) if output is None else output
+        while output < near(time):
+            yield last
+            output += 1
+        last, end = frame, near(time + duration)
+    while last is not None and output < end:
+        yield last
+        output += 1
+
+
+def scale_and_crop(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
+    """Width and height once the shorter is `side`, and the left and upper edge of the square in their middle."""
+    short = min(size)
+    width, height = (side if length == short else int(length * side / short) for length in size)
+    return width, height, (width - side) // 2, (height - side) // 2
+
+
+def load_video(path: Path, resolution: int) -> np.ndarray:
+    """RGB bytes [frames, resolution, resolution, 3], two frames in three seconds, scaled and cropped. Raises DataError.
+
+    A folder has the video's frames at 3 a second, as TVQA's owners give them out.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        timed = ((Fraction(i, 3), Fraction(1, 3), file) for i, file in enumerate(files))
+        kept = [crop_file(file, resolution) for file in list(sample(timed, FPS)) or files[-1:]]
+    else:
+        try:
+            kept = decode(path, resolution)
+        except (av.FFmpegError, OSError, ValueError) as problem:
+            if isinstance(problem, DataError):
+                raise
+            reason = getattr(problem, "strerror", None) or problem
+            raise DataError(f"{path} is empty, truncated or not a readable video: {reason}") from None
+    if not kept:
+        raise DataError(f"{path} has no frames")
+    return np.stack(kept)
+
+
+def crop_file(path: Path, side: int) -> np.ndarray:
+    try:
+        with Image.open(path) as picture:
+            width, height, left, top = scale_and_crop(picture.size, side)
+            picture = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+            return np.array(picture.crop((left, top, left + side, top + side)))
+    except Exception as problem:
+        raise DataError(f"{path} is not a readable picture: {problem}") from None
+
+
+def decode(path: Path, side: int) -> list[np.ndarray]:
+    """The frames kept of a video file, by their time stamps; only these are turned into RGB."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            kinds = ", ".join(dict.fromkeys(stream.type for stream in container.streams)) or "nothing"
+            raise DataError(f"{path} has no pictures, only {kinds}")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        start, step = Fraction(container.start_time or 0, av.time_base), 1 / (stream.average_rate or Fraction(25))
+        length = Fraction(container.duration or 0, av.time_base)
+        # The extractor of VALUE's features takes at least about two frames of a short video.
+        fps = Fraction(2, max(int(length), 1)) if 0 < length < Fraction(16, 10) else FPS
+        decoded, last, end = 0, None, Fraction(0)
+
+        def timed():
+            nonlocal decoded, last, end
+            for frame in container.decode(stream):
+                time = decoded * step if frame.pts is None else frame.pts * frame.time_base - start
+                duration = frame.duration * frame.time_base if frame.duration else step
+                decoded, last, end = decoded + 1, frame, time + duration
+                yield time, duration, frame
+
+        kept = [crop_frame(frame, side) for frame in sample(timed(), fps)]
+        if decoded < 0.9 * stream.frames or not container.streams.audio and end < length * Fraction(9, 10):
+            raise DataError(f"{path} is truncated: {float(end):.1f} of {float(length):.1f} seconds are there")
+        return kept or [crop_frame(last, side)] * (last is not None)
+
+
+def crop_frame(frame: av.VideoFrame, side: int) -> np.ndarray:
+    """As the extractor of VALUE's features: swscale's bicubic; upright, where a phone held its camera otherwise."""
+    width, height, left, top = scale_and_crop((frame.width, frame.height), side)
+    pixels = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+    return np.rot90(pixels[top:top + side, left:left + side], frame.rotation // 90)
+
+
+def fit_frames(features: torch.Tensor) -> torch.Tensor:
+    """Features of any number of frames [T, C] to [64, C]: zeros behind, or an adaptive max pool over time."""
+    if len(features) <= FRAMES:
+        return F.pad(features, (0, 0, 0, FRAMES - len(features)))
+    return F.adaptive_max_pool1d(features.T[None], FRAMES)[0].T
+
+
+def load_features(path: Path, _=None) -> np.ndarray:
+    """VALUE's released features of a video's frames: the array "features" [T, C] of an .npz file. Raises DataError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            features = file["features"]
+        if features.ndim != 2 or not len(features) or not np.isfinite(features).all():
+            raise ValueError(f"its features have the shape {list(features.shape)} or are no numbers")
+        return features
+    except Exception as problem:
+        raise DataError(f"{path} is not a file of VALUE's features: {problem}") from None
+
+
 def normalise(pictures: torch.Tensor) -> torch.Tensor:
     """Bytes [B, H, W, 3] to what CLIP sees: [B, 3, H, W], mean 0 and deviation 1 over its training pictures."""
     mean, std = (torch.tensor(x, device=pictures.device) for x in (MEAN, STD))
     return ((pictures / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def load_pictures(paths: list[Path], resolution: int, size: int = 64) -> Iterator[list]:
-    """Lists of `size` pictures, or of the DataError in the place of a broken one; threads read ahead."""
+def load_ahead(paths: Iterable[Path], load: Callable[[Path], np.ndarray], size: int) -> Iterator[list]:
+    """Lists of `size` loaded files, or of the DataError in the place of a broken one; threads read ahead."""
     def attempt(path):
         try:
-            return load_picture(path, resolution)
+            return load(path)
         except DataError as problem:
             return problem
 
+    paths = iter(paths)
     with ThreadPoolExecutor() as threads:
         ahead = deque()
-        for i in range(0, len(paths), size):
-            ahead.append([threads.submit(attempt, path) for path in paths[i:i + size]])
-            if len(ahead) > 2:
-                yield [future.result() for future in ahead.popleft()]
-        for futures in ahead:
-            yield [future.result() for future in futures]
+        while True:
+            while len(ahead) < 3 and (part := list(islice(paths, size))):
+                ahead.append([threads.submit(attempt, path) for path in part])
+            if not ahead:
+                return
+            yield [future.result() for future in ahead.popleft()]
+
+
+# ---- the store of features ----------------------------------------------------------------------------------------
 
 
 class FeatureStore:
-    """The visual tokens of the pictures of one data set, encoded once: float16 [pictures, tokens, channels] in one file.
+    """The visual tokens of the pictures or videos of one data set, encoded once: float16 [items, tokens, channels].
 
-    folder/features.f16 is memory-mapped, folder/index.json says whose features they are and which picture has which row.
+    folder/features.f16 is memory-mapped, folder/index.json says whose features they are and which item has which row.
     """
 
     def __init__(self, folder: Path, encoder_hash: str, tokens: int, channels: int):
         self.folder, self.shape = folder, (tokens, channels)
         self.about = {"encoder": encoder_hash, "tokens": tokens, "channels": channels}
-        self.row = {}                           # picture -> row
+        self.row = {}                           # name of a picture or video -> row
         if (folder / "index.json").exists():
             index = read_json(folder / "index.json")
             if not isinstance(index, dict) or not isinstance(index.get("pictures"), dict):
@@ -281,33 +596,27 @@ class FeatureStore:
             raise DataError(f"{path} has fewer features than its index names; remove {self.folder} to encode anew")
         return np.memmap(path, np.float16, "r", shape=(rows, *self.shape))
 
-    def locate(self, data: Path, names: Iterable[str]) -> dict[str, Path]:
-        """Where the pictures are that have no features yet. Raises DataError if any is missing."""
-        paths = {name: find_picture(data, name) for name in dict.fromkeys(names) if name not in self.row}
-        missing = [name for name, path in paths.items() if path is None]
-        if missing:
-            raise DataError(f"{len(missing):,} of {len(paths):,} pictures are missing below {data}, "
-                            f"the first is {missing[0]}")
-        return paths
+    def add(self, paths: dict[str, Path], load: Callable[[Path], np.ndarray], encode: Callable, size: int = 64) -> list:
+        """Encodes files, `size` at a time; encode takes a list of what load gave and returns [B, tokens, channels].
 
-    def add(self, paths: dict[str, Path], encode: Callable, resolution: int):
-        """Encodes pictures; encode takes bytes [B, H, W, 3] and gives [B, tokens, channels].
-
-        What is encoded is kept, also if the run is killed. Raises DataError if some were unreadable, after the others.
+        What is encoded is kept, also if the run is killed. Returns a DataError for each file that is unreadable.
         """
-        if not paths:
-            return
-        names = list(paths)
+        names, broken = list(paths), []
+        if not names:
+            return broken
         self.folder.mkdir(parents=True, exist_ok=True)
-        broken, size = [], 64
-        with open(self.folder / "features.f16", "ab") as file, tqdm(total=len(names), unit=" pictures", desc=(
-                f"encoding {self.folder.parts[-3]}")) as bar:
+        loads = load_ahead(paths.values(), load, size)
+        with open(self.folder / "features.f16", "ab") as file, tqdm(total=len(names), unit=" files", desc=(
+                f"encoding {self.folder.parent.name}")) as bar:
             file.truncate(len(self.row) * 2 * int(np.prod(self.shape)))         # rows a killed run had not indexed
-            for i, loaded in enumerate(load_pictures(list(paths.values()), resolution, size)):
+            for i, loaded in enumerate(loads):
                 good = [(name, x) for name, x in zip(names[i * size:], loaded) if not isinstance(x, DataError)]
                 broken += [x for x in loaded if isinstance(x, DataError)]
                 if good:
-                    features = encode(torch.from_numpy(np.stack([x for _, x in good])))
+                    features = encode([x for _, x in good])
+                    if features.shape[1:] != self.shape:
+                        raise DataError(f"features of {good[0][0]} have the shape {list(features.shape[1:])}, "
+                                        f"expected {list(self.shape)}")
                     file.write(features.to(torch.float16).cpu().numpy().tobytes())
                     self.row.update({name: len(self.row) + k for k, (name, _) in enumerate(good)})
                 if i % 100 == 99:
@@ -315,8 +624,7 @@ class FeatureStore:
                 bar.update(len(loaded))
             self.save(file)
         self.features = self.open()
-        if broken:
-            raise DataError(f"{len(broken):,} of {len(names):,} pictures are unreadable, the first: {broken[0]}")
+        return broken
 
     def save(self, file):
         file.flush()
@@ -347,8 +655,8 @@ class Corpus:
     def __init__(self, task: str, examples: list[Example], tokenizer: BPE, store: FeatureStore, prompts: bool = True):
         self.task, self.examples, self.store, self.pad = task, examples, store, tokenizer.pad
         row = TASKS[task]
-        prompt = row.prompt if prompts else ""
-        self.text = fill([tokenizer.encode(prompt + e.text, row.text) for e in examples], row.text, self.pad)
+        texts = [encode(tokenizer, task, e, prompts) for e in examples]
+        self.text = fill(texts, max(map(len, texts)), self.pad)
         self.rows = np.array([[store.row[name] for name in e.pictures] for e in examples])
         numbers = {}                            # answer -> number, over all examples
         self.choices = [[(numbers.setdefault(answer, len(numbers)), weight) for answer, weight in e.answers.items()] or
@@ -371,11 +679,32 @@ class Corpus:
         if seed is not None:
             rng = random.Random(seed)
             drawn = [draw(self.choices[i], rng) for i in indices]
-            weights = torch.tensor([weight for _, weight in drawn]) * size / real           # the mean is over real rows
-            weights[real:] = 0
             labels = fill([self.targets[number] for number, _ in drawn], self.length, -100)
-            batch |= {"labels": torch.from_numpy(labels[part].astype(np.int64)), "weights": weights[part]}
+            weights = np.array([weight for _, weight in drawn])
+            if TASKS[self.task].token_mean:
+                weights = weights * (labels != -100).sum(1) / (labels[:real] != -100).sum(1).mean()
+            weights = weights * size / real                                     # the mean is over real rows
+            weights[real:] = 0
+            batch |= {"labels": torch.from_numpy(labels[part].astype(np.int64)),
+                      "weights": torch.from_numpy(weights[part].astype(np.float32))}
         return batch
+
+
+def encode(tokenizer: BPE, task: str, example: Example, prompts: bool = True) -> list[int]:
+    """An example's text as ids, with the prompt of its task; of a text too long the subtitles are cut, if it has any.
+
+    The original cuts on the right, where a video's question, its answers and the prompt stand.
+    """
+    row = TASKS[task]
+    text = row.prompt.format(example.text) if prompts else example.text
+    if not row.video:
+        return tokenizer.encode(text, row.text)
+    said = f"[Subs] {example.subtitles}".rstrip()
+    ids = tokenizer.encode(f"{said} {text}")
+    if len(ids) > row.text:
+        end = len(tokenizer.encode(said)) - 1                                   # without </s>
+        ids[max(0, end - len(ids) + row.text):end] = []
+    return ids if len(ids) <= row.text else [*ids[:row.text - 1], ids[-1]]
 
 
 def draw(choices: list[tuple[int, float]], rng: random.Random) -> tuple[int, float]:
@@ -441,29 +770,38 @@ def report(data: Path, tasks: list[str]) -> bool:
                 continue
             expected = row.counts[split]
             note = "as published" if len(examples) == expected else f"published: {expected:,}"
-            unlabelled = sum(not e.answers for e in examples)
-            print(f"{task:<8}{split:<16}{len(examples):>9,} examples ({note}), "
-                  f"{unlabelled:,} without an answer to learn")
+            without = f"{sum(not e.answers for e in examples):,} without an answer to learn"
+            if row.video:
+                without = f"{sum(not e.subtitles for e in examples):,} without subtitles"
+            print(f"{task:<8}{split:<16}{len(examples):>9,} examples ({note}), {without}")
             pictures.setdefault(row.pictures, {}).update(dict.fromkeys(name for e in examples for name in e.pictures))
     for name, needed in pictures.items():
-        paths = {picture: find_picture(data, picture) for picture in needed}
-        missing = [picture for picture, path in paths.items() if path is None]
-        found, broken = [path for path in paths.values() if path], []
-        with tqdm(total=len(found), unit=" pictures", desc=f"looking at {name}") as bar:
-            for loaded in load_pictures(found, 32):
+        folders = [data / folder for folder in FOLDERS[name]]
+        if name in VIDEOS:
+            folders += (data / "video" / "vis_features" / name).glob("*")
+        found = find_files(folders, needed)
+        missing, broken = [item for item in needed if item not in found], []
+        with tqdm(total=len(found), unit=" files", desc=f"looking at {name}") as bar:
+            for loaded in load_ahead(found.values(), partial(look, name in VIDEOS), 64):
                 broken += [x for x in loaded if isinstance(x, DataError)]
                 bar.update(len(loaded))
-        print(f"{name:<8}{len(needed):>9,} pictures, {len(missing):,} missing, {len(broken):,} unreadable")
+        kind = "videos" if name in VIDEOS else "pictures"
+        print(f"{name:<8}{len(needed):>9,} {kind}, {len(missing):,} missing, {len(broken):,} unreadable")
         for line in missing[:10] + [str(problem) for problem in broken[:10]]:
             print(f"{'':8}{line}")
         good &= not missing and not broken
     return good
 
 
+def look(video: bool, path: Path) -> np.ndarray:
+    """A picture, video or file of features as small as will show whether it can be read."""
+    return load_features(path) if path.suffix == ".npz" else load_video(path, 32) if video else load_picture(path, 32)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Says which data are there, which are missing and where to get them.",
                                      allow_abbrev=False)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with vqa/, COCO/, GQA/")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with vqa/, COCO/, GQA/, nlvr/, video/")
     parser.add_argument("--tasks", type=task_list, default=list(TASKS), metavar="A,B", help="default: all")
     args = parser.parse_args()
     if not report(args.data, args.tasks):

@@ -1,20 +1,23 @@
 """The built-in miniature world, so that a fresh clone shows everything without data and without weights.
 
-Coloured shapes on a grey ground, written in the official formats and layouts of the data sets: real JPEG files, real
-annotation files. And miniature backbones in the raw formats of the real ones, made as those were: the CLIP-ResNet
-learned from pictures with captions, BART from text alone, by putting masked text right. The adapters must join them.
+Coloured shapes on a grey ground, still and moving, written in the official formats and layouts of the eight data sets:
+real JPEG and MP4 files, real annotation files. And miniature backbones in the raw formats of the real ones, made as
+those were: the CLIP-ResNet learned from pictures with captions, BART from text alone, by putting masked text right. The
+adapters must join them.
 
 Everything is drawn from one seed and kept: `world` draws and trains once, and then only looks that all is there.
-Needs torch, numpy, pillow, tqdm and of ours model.py, data.py and tokenizer.py.
+Needs torch, numpy, pillow, av, tqdm and of ours model.py, data.py and tokenizer.py.
 """
 
 import json
 import random
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from data import normalise
+from data import TASKS, choose_from, normalise
 from model import BART, CLIPResNet, Model, bart, expand
 from tokenizer import BPE, byte_symbols, word_pattern
 
@@ -35,6 +38,8 @@ SIZES = {"small": 17, "large": 30}                      # pixels from the middle
 NUMBERS = ["one", "two", "three"]
 SIDES = {"left": [(0, 0), (1, 0), (2, 0)], "right": [(0, 2), (1, 2), (2, 2)],       # (row, column) of a 3 x 3 grid;
          "top": [(0, 0), (0, 1), (0, 2)], "bottom": [(2, 0), (2, 1), (2, 2)]}       # the second is no corner
+PEOPLE = ["Ann", "Bob", "Eva", "Ken", "Liz", "Tom"]     # who speak in videos,
+VESSELS = ["bowl", "box", "cup", "oven", "pan", "pot"]  # and of what they speak
 
 
 # ---- scenes and pictures ------------------------------------------------------------------------------------------
@@ -137,6 +142,55 @@ def ask_relation(scene, rng):
     return f"Are the {scene.color} things on the {side}?", "yes" if side == scene.side else "no"
 
 
+def state(truth: bool, rng: random.Random) -> tuple[str, Scene, Scene]:
+    """A statement on two pictures, and scenes for the left and the right one that make it true or false."""
+    scenes = [draw_scene(rng), draw_scene(rng)]
+    quality, values = rng.choice([("color", list(COLORS)), ("shape", SHAPES)])
+    word, other = rng.sample(values, 2)
+    if rng.random() < 0.5:
+        which, has = "Both pictures show", [True, truth]
+    else:
+        which, has = "One of the pictures shows", [truth, False]
+    scenes = [replace(scene, **{quality: word if here else other}) for scene, here in zip(scenes, has)]
+    rng.shuffle(scenes)
+    return f"{which} {f'{word} things' if quality == 'color' else plural(word, 2)}.", *scenes
+
+
+def captions(scene: Scene) -> list[str]:
+    number, things = NUMBERS[scene.number - 1], plural(scene.shape, scene.number)
+    return [f"{scene}.".capitalize(), f"A picture of {number} {scene.color} {things}.",
+            f"There {'is' if scene.number == 1 else 'are'} {number} {scene.size} {things}, {scene.color}."]
+
+
+CHOICE_ASKS = [  # of a video: question, right answer by thing and speech, all answers
+    ("What color is it?", lambda thing, said: thing.color, list(COLORS)),
+    ("What shape is it?", lambda thing, said: thing.shape, SHAPES),
+    ("Who likes it?", lambda thing, said: said, PEOPLE), ("Where does it go?", lambda thing, said: said, VESSELS)]
+
+
+def choose(thing: Scene, said: str, ask: tuple, count: int, rng: random.Random) -> tuple[str, list[str], int]:
+    """A question about a video, `count` answers to choose from, and the number of the right one."""
+    question, answer, every = ask
+    right = answer(thing, said)
+    choices = rng.sample([other for other in every if other != right], count - 1) + [right]
+    rng.shuffle(choices)
+    return question, choices, choices.index(right)
+
+
+def moments(thing: Scene, person: str) -> list[str]:
+    """What a video of TVC shows, what is said in it, and both."""
+    return [f"{person} likes the {thing.color} {thing.shape}.", f"A {thing.size} {thing.color} {thing.shape} moves.",
+            f"The {thing.color} {thing.shape} moves.", f"{person} likes it."]
+
+
+def step(thing: Scene, vessel: str) -> str:
+    return f"put the {thing.color} {thing.shape} into the {vessel}"
+
+
+SPEECH = {"tv": ("{}: I like it.", PEOPLE), "how2": ("Now it goes into the {}.", VESSELS),
+          "yc2": ("and now into the {}", VESSELS)}
+
+
 # ---- the data sets, in their official files -----------------------------------------------------------------------
 
 VQA_ASKS = [  # asked of every picture: question_type, answer_type, how
@@ -146,8 +200,10 @@ GQA_ASKS = [  # structural, semantic and detailed type, how
             ("query", "attr", "directShape", ask_shape), ("query", "rel", "directSide", ask_side),
             ("verify", "rel", "verifySide", ask_relation), ("verify", "rel", "verifySide", ask_relation)]
 COCO_PARTS = {"train": ("train2014", 1200), "restval": ("val2014", 100), "val": ("val2014", 150),
-              "test": ("val2014", 150)}
-GQA_PARTS = {"train": 1200, "val": 100, "testdev": 200}
+              "test": ("val2014", 150), "test2014": ("test2014", 10), "test2015": ("test2015", 10)}
+GQA_PARTS = {"train": 1200, "val": 100, "testdev": 200, "submission": 10}
+NLVR_PARTS = {"train": 500, "dev": 100, "test1": 50}
+VIDEO_PARTS = {"train": 400, "val": 100, "test": 10}
 
 
 def coco_pictures(parts: dict):
@@ -173,49 +229,145 @@ def write_coco(folder: Path, parts: dict = COCO_PARTS):
     for number, part, where, scene in tqdm(list(coco_pictures(parts)), "drawing COCO", unit=" pictures"):
         name = f"COCO_{where}_{number:012d}.jpg"
         save_picture(draw_picture(scene, rng), folder / "images" / where / name)
-        images.append({"filepath": where, "filename": name, "cocoid": number, "imgid": number - 1, "split": part})
-    write_json(folder / "dataset_coco.json", {"dataset": "coco", "images": images})
+        sentences = [{"raw": text, "imgid": number - 1, "sentid": 10 * number + i} for i, text in enumerate(captions(scene))]
+        images.append({"filepath": where, "filename": name, "cocoid": number, "imgid": number - 1, "split": part,
+                       "sentences": sentences})
+    labelled = [image for image in images if not image["split"].startswith("test20")]
+    write_json(folder / "dataset_coco.json", {"dataset": "coco", "images": labelled})
+    write_json(folder / "image_info_test2014.json", {"images": [
+        {"id": image["cocoid"], "file_name": image["filename"]} for image in images if image["split"] == "test2014"]})
 
 
 def write_vqa(folder: Path, parts: dict = COCO_PARTS):
     """Questions and the answers of ten people, up to three of whom are mistaken."""
     rng = random.Random(SEED)
-    questions, annotations = ({"train2014": [], "val2014": []} for _ in range(2))
-    for number, _, where, scene in coco_pictures(parts):
+    questions, annotations = ({year: [] for year in ("train2014", "val2014", "test2015")} for _ in range(2))
+    for number, part, where, scene in coco_pictures(parts):
         for i, (kind, answer_type, ask) in enumerate(VQA_ASKS):
             question, answer = ask(scene, rng)
             about = {"question_id": 1000 * number + i, "image_id": number}
             answers = [answer] * 10
             for k in rng.sample(range(10), rng.choice([0, 0, 1, 2, 3])):
                 answers[k] = ask(draw_scene(rng), rng)[1]
-            questions[where].append(about | {"question": question})
-            annotations[where].append(about | {
-                "question_type": kind, "answer_type": answer_type, "multiple_choice_answer": answer,
-                "answers": [{"answer": answers[k], "answer_confidence": "yes", "answer_id": k + 1} for k in range(10)]})
+            if where in questions:
+                questions[where].append(about | {"question": question})
+                annotations[where].append(about | {
+                    "question_type": kind, "answer_type": answer_type, "multiple_choice_answer": answer, "answers": [
+                        {"answer": answers[k], "answer_confidence": "yes", "answer_id": k + 1} for k in range(10)]})
     for where in questions:
         top = {"data_type": "mscoco", "data_subtype": where}
         write_json(folder / f"v2_OpenEnded_mscoco_{where}_questions.json",
                    top | {"task_type": "Open-Ended", "questions": questions[where]})
-        write_json(folder / f"v2_mscoco_{where}_annotations.json", top | {"annotations": annotations[where]})
+        if where != "test2015":
+            write_json(folder / f"v2_mscoco_{where}_annotations.json", top | {"annotations": annotations[where]})
 
 
 def write_gqa(folder: Path, parts: dict = GQA_PARTS):
+    """Each question with an equivalent one, in the files of all questions: entailed, worded otherwise, not balanced."""
     rng, written = random.Random(SEED), {part: {} for part in parts}
     for part, image, scene in tqdm(list(gqa_pictures(parts)), "drawing GQA", unit=" pictures"):
         save_picture(draw_picture(scene, rng), folder / "images" / f"{image}.jpg")
         for structural, semantic, detailed, ask in GQA_ASKS:
             question, answer = ask(scene, rng)
-            written[part][f"{image}{len(written[part]):06d}"] = {
-                "imageId": image, "question": question, "answer": answer, "fullAnswer": f"{answer}.", "isBalanced": True,
-                "groups": {"global": None, "local": None}, "entailed": [], "equivalent": [],
-                "types": {"structural": structural, "semantic": semantic, "detailed": detailed}}
+            number = f"{image}{len(written[part]):06d}"
+            record = {"imageId": image, "question": question, "answer": answer, "fullAnswer": f"{answer}.",
+                      "isBalanced": True, "groups": {"global": None, "local": None}, "equivalent": [number],
+                      "entailed": [number, f"{number}x"],
+                      "types": {"structural": structural, "semantic": semantic, "detailed": detailed}}
+            written[part][number] = record
+            written[part][f"{number}x"] = record | {
+                "question": f"In this picture, {question[0].lower()}{question[1:]}", "isBalanced": False, "entailed": []}
     for part, questions in written.items():
-        write_json(folder / f"{part}_balanced_questions.json", questions)
+        if part == "submission":
+            fields = "imageId", "question", "isBalanced"
+            questions = {number: {name: r[name] for name in fields} for number, r in questions.items()}
+        else:
+            balanced = {number: r for number, r in questions.items() if r["isBalanced"]}
+            write_json(folder / f"{part}_balanced_questions.json", balanced)
+        if part in ("testdev", "submission"):
+            write_json(folder / f"{part}_all_questions.json", questions)
+
+
+def write_nlvr(folder: Path, parts: dict = NLVR_PARTS):
+    """Of each statement one pair for which it is true and one for which it is not, in the order of a coin."""
+    rng = random.Random(SEED + 2)
+    for part, count in parts.items():
+        lines = []
+        for number in tqdm(range(count), f"drawing NLVR2's {part}", unit=" statements"):
+            seed = rng.random()
+            for pair, truth in enumerate(rng.sample([True, False], 2)):
+                sentence, *scenes = state(truth, random.Random(seed))
+                folders = ["images", part, *([str(number % 100)] if part == "train" else [])]
+                for side, scene in enumerate(scenes):
+                    save_picture(draw_picture(scene, rng), folder.joinpath(*folders, f"{part}-{number}-{pair}-img{side}.png"))
+                lines.append({"identifier": f"{part}-{number}-{pair}-0", "sentence": sentence, "label": str(truth)}
+                             | ({"directory": number % 100} if part == "train" else {}))
+        write_lines(folder / f"{part}.json", lines)
+
+
+def write_videos(folder: Path, parts: dict = VIDEO_PARTS):
+    """The videos of TV shows, how-to films and cooking with what is said in them, and the four tasks on them."""
+    written = {name: [] for name in ("tvqa", "tvc", "how2qa", "yc2c")}
+    for show, (seed, (speech, people)) in zip(SPEECH, enumerate(SPEECH.values())):
+        rng, subtitles, number = random.Random(SEED + 3 + seed), [], 0
+        for part, count in parts.items():
+            rows = {name: [] for name in written}
+            for _ in tqdm(range(count), f"filming {show}'s {part}", unit=" videos"):
+                number += 1
+                thing, said, seconds = replace(draw_scene(rng), number=1), rng.choice(people), rng.choice([4.5, 6, 7.5])
+                name = {"tv": f"s01e{number // 50:02d}_seg{number % 50:02d}_clip_00", "how2": str(number),
+                        "yc2": f"a_-{number:04d}_{number % 7}"}[show]
+                film(folder / "videos" / show / f"{name}.mp4", thing, seconds, rng)
+                subtitles.append({"vid_name": name, "sub": [{"text": speech.format(said), "start": 0.5, "end": 2.0}]})
+                about, hidden = {"vid_name": name, "duration": seconds}, part == "test"
+                if show != "yc2":
+                    task, count, asks = ("tvqa", 5, (0, 1, 2)) if show == "tv" else ("how2qa", 4, (0, 1, 3))
+                    for k in asks:
+                        question, choices, right = choose(thing, said, CHOICE_ASKS[k], count, rng)
+                        rows[task].append({"qid": 10 * number + k, "q": question, "vid_name": name, "ts": f"0.0-{seconds}",
+                                           **{f"a{i}": choice for i, choice in enumerate(choices)}}
+                                          | ({"show_name": "Castle" if number % 2 else "House"} if task == "tvqa" else {})
+                                          | ({} if hidden else {"answer_idx": right}))
+                if show != "how2":
+                    task = "tvc" if show == "tv" else "yc2c"
+                    told = moments(thing, said)[:2 if part == "train" else 4] if show == "tv" else [step(thing, said)]
+                    descriptions = [{"desc": text, "desc_id": 10 * number + i} for i, text in enumerate(told)]
+                    rows[task].append(about | {"clip_id": number} | ({"ts": [0.0, seconds]} if show == "tv" else {})
+                                      | ({} if hidden else {"descs": descriptions}))
+            for task, lines in rows.items():
+                if lines:
+                    ending = "_public_release" if task == "how2qa" and hidden else "_release"
+                    ending = "" if task == "tvqa" and not hidden else ending
+                    write_lines(folder / "ann" / task / f"{task}_{part}{ending}.jsonl", lines)
+        write_lines(folder / "ann" / f"{show}_subtitles.jsonl", subtitles)
+
+
+def film(path: Path, thing: Scene, seconds: float, rng: random.Random):
+    """The thing crosses the picture. Videos have two shapes and three rates."""
+    (width, height), rate = rng.choice([(112, 112), (144, 112)]), rng.choice([4, 5, 8])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    radius, y, ground = SIZES[thing.size] / 2, rng.uniform(35, height - 35), tuple(rng.randint(120, 165) for _ in range(3))
+    begin, end = rng.sample([width / 2 - 24, width / 2 + 24], 2)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate)
+        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, "yuv420p", {"preset": "ultrafast"}
+        for i in range(int(seconds * rate)):
+            picture = Image.new("RGB", (width, height), ground)
+            x = begin + (end - begin) * i / (seconds * rate)
+            draw_shape(ImageDraw.Draw(picture), thing.shape, x, y, radius, COLORS[thing.color])
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode(None))
 
 
 def save_picture(picture: Image.Image, path: Path):
+    """JPEG, whatever the name says: many of NLVR2's .png files are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, quality=92)
+    picture.save(path, "JPEG", quality=92)
+
+
+def write_lines(path: Path, rows: list[dict]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
 def write_json(path: Path, content):
@@ -265,14 +417,41 @@ def write_clip(path: Path, steps: int = 200, count: int = 4000, batch: int = 64,
     archive.save(str(path))
 
 
-def write_bart(folder: Path, steps: int = 300, batch: int = 64):
-    """BART's denoising on text alone: of a question, its masked answer and a description, the answer is to be restored."""
+def picture_text(rng: random.Random) -> tuple[str, str]:
+    """Text with a gap, and what belongs there: a question, a statement or nothing, the gap, and what there is to see."""
+    scene, kind = draw_scene(rng), rng.random()
+    if kind < 0.2:
+        return f"caption: <mask> {scene}.", rng.choice(captions(scene))
+    if kind < 0.5:
+        truth = rng.random() < 0.5
+        sentence, left, right = state(truth, rng)
+        return f"{sentence}<mask> {left}. {right}.", "true" if truth else "false"
+    question, answer = rng.choice(VQA_ASKS + GQA_ASKS)[-1](scene, rng)
+    return f"{question}<mask> {scene}.", answer
+
+
+def video_text(rng: random.Random) -> tuple[str, str]:
+    """The same for videos, whose subtitles come first; among the picture's, from which finding a word is learned."""
+    if rng.random() < 0.4:
+        return picture_text(rng)
+    thing, show = draw_scene(rng), rng.choice(list(SPEECH))
+    speech, people = SPEECH[show]
+    said = rng.choice(people)
+    seen, subtitles = f"{thing.size} {thing.color} {thing.shape}.", f"[Subs] {speech.format(said)}"
+    if rng.random() < 0.25 or show == "yc2":
+        told = step(thing, said) if show == "yc2" else rng.choice(moments(thing, said)[:2])
+        return f"{subtitles}<mask> {seen}", told
+    ask = CHOICE_ASKS[rng.choice([0, 1, 2 if people is PEOPLE else 3])]
+    question, choices, right = choose(thing, said, ask, rng.choice([4, 5]), rng)
+    return f"{subtitles} {choose_from(question, '0.0-6', choices)}<mask> {seen}", f"a{right}"
+
+
+def write_bart(folder: Path, write_text: Callable = picture_text, steps: int = 800, batch: int = 64):
+    """BART's denoising on text alone: what stood in the place of <mask> is to be restored."""
     rng, pad = random.Random(SEED), 1
     folder.mkdir()
-    asks = [ask for *_, ask in VQA_ASKS + GQA_ASKS]
-    scenes = [draw_scene(rng) for _ in range(2000)]
-    texts = [" ".join([*ask(scene, rng), f"{scene}."]) for scene in scenes for ask in asks]
-    write_bpe(folder, texts + ["vqa: gqa: "])
+    write_bpe(folder, [" ".join(write_text(rng)).replace("<mask>", "") for _ in range(8000)] + [
+        "vqa: gqa: nlvr: caption: tvqa: how2qa: tvc: yc2c:"])
     tokenizer = BPE(folder)
     config = {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "vocab_size": len(tokenizer),
               "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -290,13 +469,8 @@ def write_bart(folder: Path, steps: int = 300, batch: int = 64):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     no_picture = torch.zeros(batch, 0, 1, 1)
     for _ in schedule(optimizer, 2e-3, steps, "teaching BART to put masked text right"):
-        masked, labels = [], []
-        for _ in range(batch):
-            scene, ask = draw_scene(rng), rng.choice(asks)
-            question, answer = ask(scene, rng)
-            masked.append(tokenizer.encode(f"{question}<mask> {scene}."))
-            labels.append(tokenizer.encode(answer))
-        ids, labels = pad_rows(masked, pad), pad_rows(labels, -100)
+        masked, gaps = zip(*(write_text(rng) for _ in range(batch)))
+        ids, labels = pad_rows(map(tokenizer.encode, masked), pad), pad_rows(map(tokenizer.encode, gaps), -100)
         model.loss(ids, no_picture, labels, torch.ones(batch)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -316,7 +490,8 @@ def schedule(optimizer, rate: float, steps: int, name: str):
         yield step
 
 
-def pad_rows(rows: list[list[int]], fill: int) -> torch.Tensor:
+def pad_rows(rows: Iterable[list[int]], fill: int) -> torch.Tensor:
+    rows = list(rows)
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
@@ -350,18 +525,23 @@ def write_bpe(folder: Path, texts: list[str], merges: int = 400):
 # ---- all of it ----------------------------------------------------------------------------------------------------
 
 FOLDER = "miniature"
-PIECES = {"datasets/COCO": write_coco, "datasets/vqa": write_vqa, "datasets/GQA": write_gqa,
-          "weights/RN-mini.pt": write_clip, "weights/bart-mini": write_bart}
+PIECES = {  # what the tasks with pictures need, and those with videos
+    False: {"datasets/COCO": write_coco, "datasets/vqa": write_vqa, "datasets/GQA": write_gqa, "datasets/nlvr": write_nlvr,
+            "weights/RN-mini.pt": write_clip, "weights/bart-mini": write_bart},
+    True: {"datasets/video": write_videos, "weights/RN-mini.pt": write_clip,
+           "weights/bart-mini-video": lambda folder: write_bart(folder, video_text, 1500)}}
+FLAGS = {False: {"backbone": "bart-mini", "epochs": 5, "batch": 64, "faster": 3},
+         True: {"backbone": "bart-mini-video", "epochs": 12, "batch": 32, "faster": 6}}
 
 
-def world(folder: str | Path = FOLDER) -> dict:
+def world(tasks: list[str], folder: str | Path = FOLDER) -> dict:
     """Draws and trains what is not there yet, and returns the flags of train.py that suit the miniature world.
 
     Of those, `faster` is what the paper's learning rate is multiplied by: a smaller model takes larger steps. Each piece
     is made under another name and moved into place when it is whole, so a killed run leaves no half of one.
     """
-    folder = Path(folder)
-    for name, write in PIECES.items():
+    folder, video = Path(folder), TASKS[tasks[0]].video
+    for name, write in PIECES[video].items():
         if not (folder / name).exists():
             unfinished = folder / f"{name}.unfinished"
             if unfinished.is_dir():
@@ -369,9 +549,9 @@ def world(folder: str | Path = FOLDER) -> dict:
             unfinished.parent.mkdir(parents=True, exist_ok=True)
             write(unfinished)
             unfinished.rename(folder / name)
-    return {"data": str(folder / "datasets"), "weights": str(folder / "weights"), "backbone": "bart-mini",
-            "vision": "RN-mini", "epochs": 5, "batch": 64, "faster": 3}
+    return {"data": str(folder / "datasets"), "weights": str(folder / "weights"), "vision": "RN-mini"} | FLAGS[video]
 
 
 if __name__ == "__main__":
-    print(world())
+    for task in ("vqa", "tvqa"):
+        print(world([task]))

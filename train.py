@@ -28,12 +28,13 @@ from tqdm import tqdm
 import toy
 from adapters import METHODS, select, trainable
 from data import TASKS, batch_size, mixture, report_problems, task_list, write_atomically
-from evaluate import (METRICS, PROBLEMS, Eye, RunError, answer, build_model, check_weights, file_hash, load_run_weights,
-                      load_state, open_corpora, pick_device, print_scores, read_run, run_weights, weight_path)
+from evaluate import (PROBLEMS, RunError, answer, build_model, check_weights, load_run_weights, load_state, open_corpora,
+                      open_eye, pick_device, print_scores, read_run, run_weights, score, weight_hashes)
 
 WARMUP, CLIP, DECAY = 0.1, 5.0, 0.01                    # the paper's: share of the steps, norm of the gradient, decay
 SAVE_EVERY = 1000                                       # steps, besides the end of each epoch
 SHOW_EVERY = 20
+PICTURE_TASKS = ["vqa", "gqa", "nlvr", "caption"]
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------
@@ -55,12 +56,12 @@ def average(parameters: list, world: int):
 
 
 def train(flags: dict, run: Path, device: torch.device, world: int):
-    eye = Eye(flags, device)
-    model, tokenizer, filled = build_model(flags, eye.encoder.feature_dim)
+    eye, channels = open_eye(flags, device)
+    model, tokenizer, filled = build_model(flags, channels)
     model.to(device)
     with first(world):                                  # the first process encodes the pictures for all
         corpora, validation = open_corpora(flags, tokenizer, eye, {task: TASKS[task].train for task in flags["tasks"]},
-                                           {task: TASKS[task].validation for task in flags["tasks"]})
+                                           {task: TASKS[task].validation for task in flags["tasks"]}, say=say)
     with first(world):
         describe(run, flags, device, world)
     trained, total = trainable(model), sum(p.numel() for p in model.parameters())
@@ -145,7 +146,7 @@ def validate(model, tokenizer, corpora, device, flags) -> dict[str, dict[str, fl
     scores = {}
     for task, corpus in corpora.items():
         predictions = answer(model, tokenizer, corpus, device, flags["batch"], flags["bf16"], quiet=rank() > 0)
-        scores[task] = METRICS[TASKS[task].metric](corpus.examples, predictions)
+        scores[task] = score(task, corpus.examples, predictions)
     return scores
 
 
@@ -242,7 +243,7 @@ def parse() -> argparse.Namespace:
                                      allow_abbrev=False)
     what = parser.add_argument_group("what is trained")
     what.add_argument("--method", metavar="M", help=f"{', '.join(METHODS)}, or two joined by + (default: adapter)")
-    what.add_argument("--tasks", type=task_list, metavar="A,B", help=f"of {', '.join(TASKS)} (default: all)")
+    what.add_argument("--tasks", type=task_list, metavar="A,B", help=f"of {', '.join(TASKS)} (default: the first four)")
     what.add_argument("--share", choices=("all", "half", "none"), help="all: one adapter for all tasks (default); half: "
                       "up projections for all, down projections per task; none: one adapter per task")
     what.add_argument("--sites", type=lambda text: text.split(","), metavar="S,S",
@@ -254,12 +255,15 @@ def parse() -> argparse.Namespace:
     files.add_argument("--data", metavar="DIR", help="data sets; `python data.py --data DIR` looks at them")
     files.add_argument("--weights", metavar="DIR", help="pre-trained weights: DIR/bart-base/, DIR/RN101.pt")
     files.add_argument("--backbone", metavar="NAME", help="folder in --weights (default: bart-base)")
-    files.add_argument("--vision", metavar="NAME", help="file in --weights (default: RN101)")
+    files.add_argument("--vision", metavar="NAME", help="CLIP in --weights, or features in DIR/video/vis_features/*/ "
+                       "(default: RN101; for videos clip-vit)")
+    files.add_argument("--allow-missing", action="store_true", default=None,
+                       help="leave out examples whose pictures are missing or broken")
     files.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/METHOD-TASKS)")
     files.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped, with its flags")
     how = parser.add_argument_group("how")
-    how.add_argument("--epochs", type=int, metavar="N", help="default: 20")
-    how.add_argument("--batch", type=int, metavar="N", help="examples a step, over all processes (default: 500)")
+    how.add_argument("--epochs", type=int, metavar="N", help="default: 20; videos: 7")
+    how.add_argument("--batch", type=int, metavar="N", help="examples a step, over all processes (default: 500; videos: 50)")
     how.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default: the first method's)")
     how.add_argument("--seed", type=int, metavar="N", help="default: 9595, as the authors'")
     how.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is one)")
@@ -280,20 +284,21 @@ def complete(given: dict, device: torch.device, world: int) -> dict:
     """All flags of a new run: those given, the miniature world's where there are no data, and the paper's."""
     if ("data" in given) != ("weights" in given):
         raise RunError("--data and --weights go together; without both, the built-in miniature world is used")
-    method, share = given.get("method", "adapter"), given.get("share", "all")
+    method, share, tasks = given.get("method", "adapter"), given.get("share", "all"), given.get("tasks", PICTURE_TASKS)
     for name in method.split("+"):
         if name not in METHODS:
             raise RunError(f"unknown method: {name!r}; known are {', '.join(METHODS)}")
         if share not in METHODS[name].shares:
             raise RunError(f"{name} has no --share {share}; it has {', '.join(METHODS[name].shares)}")
-    row, cuda = METHODS[method.split("+")[0]], device.type == "cuda"
-    flags = dict(method=method, tasks=list(TASKS), share=share, sites=None, sizes={}, prompts=True, backbone="bart-base",
-                 vision="RN101", epochs=20, batch=500, seed=9595, bf16=cuda, compile=cuda,
-                 lr=row.lr_per_task if share != "all" and row.lr_per_task else row.lr)
+    row, cuda, video = METHODS[method.split("+")[0]], device.type == "cuda", TASKS[tasks[0]].video
+    lr = row.lr_videos if video else row.lr_per_task if share != "all" and row.lr_per_task else row.lr
+    flags = dict(method=method, tasks=tasks, share=share, sites=None, sizes={}, prompts=True, backbone="bart-base",
+                 vision="clip-vit" if video else "RN101", epochs=7 if video else 20, batch=50 if video else 500,
+                 seed=9595, bf16=cuda, compile=cuda, allow_missing=False, lr=lr)
     if "data" not in given:
         say(f"no --data given: the built-in miniature world, drawn and trained into {toy.FOLDER} on its first use")
         with first(world):
-            miniature = toy.world()
+            miniature = toy.world(tasks)
         flags["lr"] *= miniature.pop("faster")
         flags |= miniature
     flags |= {name: value for name, value in given.items() if name not in ("out", "device")}
@@ -323,8 +328,7 @@ def describe(run: Path, flags: dict, device: torch.device, world: int):
     if rank() > 0 or (run / "config.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
-    hashes = {f"{name}_sha256": file_hash(weight_path(flags, flags[name])) for name in ("backbone", "vision")}
-    about = {"flags": flags, **hashes, "python": platform.python_version(), "torch": torch.__version__,
+    about = {"flags": flags, **weight_hashes(flags), "python": platform.python_version(), "torch": torch.__version__,
              "device": device_name(device), "processes": world, "commit": commit()}
     write_atomically(run / "config.json", json.dumps(about, indent=2).encode())
 

@@ -15,10 +15,13 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     for name in ("datasets", "weights"):
         (folder / name).mkdir()
-    parts = {"train": ("train2014", 14), "restval": ("val2014", 2), "val": ("val2014", 6), "test": ("val2014", 6)}
+    parts = {"train": ("train2014", 14), "restval": ("val2014", 2), "val": ("val2014", 6), "test": ("val2014", 6),
+             "test2014": ("test2014", 3), "test2015": ("test2015", 2)}
     toy.write_coco(folder / "datasets" / "COCO", parts)
     toy.write_vqa(folder / "datasets" / "vqa", parts)
-    toy.write_gqa(folder / "datasets" / "GQA", {"train": 8, "val": 4, "testdev": 6})
+    toy.write_gqa(folder / "datasets" / "GQA", {"train": 8, "val": 4, "testdev": 6, "submission": 2})
+    toy.write_nlvr(folder / "datasets" / "nlvr", {"train": 6, "dev": 4, "test1": 3})
+    toy.write_videos(folder / "datasets" / "video", {"train": 6, "val": 3, "test": 2})
     toy.write_clip(folder / "weights" / "RN-mini.pt", steps=1, count=8, batch=4)
-    toy.write_bart(folder / "weights" / "bart-mini", steps=1, batch=4)
+    toy.write_bart(folder / "weights" / "bart-mini", toy.video_text, steps=1, batch=4)
     return folder

@@ -5,16 +5,19 @@ import random
 import shutil
 import sys
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import data
-from data import (TASKS, Corpus, DataError, FeatureStore, batch_size, draw, find_picture, load_picture, mixture,
-                  normalise, read_examples, vqa_normal_form, vqa_punctuation, vqa_vocabulary)
+from data import (FPS, TASKS, Corpus, DataError, FeatureStore, batch_size, draw, find_files, fit_frames, load_features,
+                  load_picture, load_video, mixture, normalise, read_examples, sample, vqa_normal_form, vqa_punctuation,
+                  vqa_vocabulary)
 from tokenizer import BPE
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden_vqa.json").read_text())
@@ -64,8 +67,8 @@ def test_an_answer_given_nine_times_may_be_learned(tmp_path):
 def test_vqa_has_karpathys_parts_and_soft_scores(tiny):
     splits = {split: read_examples(tiny / "datasets", "vqa", split) for split in TASKS["vqa"].counts}
     assert {split: len(examples) for split, examples in splits.items()} == {
-        "karpathy_train": 16 * 4, "karpathy_val": 6 * 4, "karpathy_test": 6 * 4}
-    folders = {e.pictures[0].split("/")[2] for e in splits["karpathy_train"]}
+        "karpathy_train": 16 * 4, "karpathy_val": 6 * 4, "karpathy_test": 6 * 4, "test2015": 2 * 4}
+    folders = {e.pictures[0].split("_")[1] for e in splits["karpathy_train"]}
     assert folders == {"train2014", "val2014"}, "restval belongs to training"
     for example in splits["karpathy_train"]:
         given = Counter(example.truth["answers"])
@@ -84,8 +87,7 @@ def test_gqa_pictures_may_be_visual_genomes(tmp_path):
     path = tmp_path / "VG" / "VG_100K_2" / "7.jpg"
     path.parent.mkdir(parents=True)
     path.touch()
-    assert find_picture(tmp_path, "GQA/images/7.jpg") == path
-    assert find_picture(tmp_path, "GQA/images/8.jpg") is None
+    assert find_files([tmp_path / "GQA" / "images", tmp_path / "VG"], ["7", "8"]) == {"7": path}
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ def test_gqa_pictures_may_be_visual_genomes(tmp_path):
 def test_a_batch_has_one_shape_and_says_what_was_asked(corpus, tokenizer):
     full, short = corpus.batch(np.arange(8), 8, seed=1), corpus.batch(np.arange(3), 8, seed=1)
     assert {name: x.shape for name, x in full.items()} == {name: x.shape for name, x in short.items()}
-    assert full["ids"].shape == (8, 20) and full["features"].shape == (8, 1, 36, 4)
+    assert full["ids"].shape == (8, max(map(len, corpus.text))) and full["features"].shape == (8, 1, 36, 4)
     assert tokenizer.decode(full["ids"][0].tolist()) == "vqa: " + corpus.examples[0].text
     answers = [tokenizer.decode([t for t in row if t != -100]) for row in full["labels"].tolist()]
     assert all(a in e.answers or (a == "" and not e.answers) for a, e in zip(answers, corpus.examples))
@@ -150,62 +152,337 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
     assert torch.allclose(seen[0, :, 0, 0], (1 - torch.tensor(data.MEAN)) / torch.tensor(data.STD), atol=0.1)
 
 
-def encode(pictures):
+def mean_colour(loaded):
     """Stands in for CLIP: the mean colour, as 4 tokens of 3 channels."""
-    return pictures.float().mean((1, 2))[:, None].expand(-1, 4, -1)
+    return torch.from_numpy(np.stack(loaded)).float().mean((1, 2))[:, None].expand(-1, 4, -1)
 
 
 def some_pictures(folder, count):
-    (folder / "S" / "images").mkdir(parents=True)
     for i in range(count):
-        Image.new("RGB", (8, 8), (2 * i, 0, 0)).save(folder / "S" / "images" / f"{i}.png")
-    return [f"S/images/{i}.png" for i in range(count)]
+        Image.new("RGB", (8, 8), (2 * i, 0, 0)).save(folder / f"{i}.png")
+    return find_files([folder], map(str, range(count)))
+
+
+def load(path):
+    return load_picture(path, 8)
 
 
 def test_the_store_keeps_features_and_encodes_only_what_is_new(tmp_path):
-    names, calls = some_pictures(tmp_path, 90), []
-    def counting(pictures):
-        calls.append(len(pictures))
-        return encode(pictures)
-    store = FeatureStore(tmp_path / "S" / "features" / "x", "hash", 4, 3)
-    store.add(store.locate(tmp_path, names[:70]), counting, 8)
-    store.add(store.locate(tmp_path, names), counting, 8)
+    paths, calls = some_pictures(tmp_path, 90), []
+    def counting(loaded):
+        calls.append(len(loaded))
+        return mean_colour(loaded)
+    store = FeatureStore(tmp_path / "features", "hash", 4, 3)
+    first = dict(list(paths.items())[:70])
+    store.add(first, load, counting)
+    store.add({name: path for name, path in paths.items() if name not in store.row}, load, counting)
     assert calls == [64, 6, 20]
-    again = FeatureStore(tmp_path / "S" / "features" / "x", "hash", 4, 3)
-    again.add(again.locate(tmp_path, names), lambda pictures: pytest.fail("encoded twice"), 8)
-    assert [again.features[again.row[name], 0, 0] for name in names] == [2 * i for i in range(90)]
+    again = FeatureStore(tmp_path / "features", "hash", 4, 3)
+    assert [again.features[again.row[str(i)], 0, 0] for i in range(90)] == [2 * i for i in range(90)]
 
 
 def test_a_store_whose_writer_was_killed_goes_on(tmp_path):
-    names, folder = some_pictures(tmp_path, 10), tmp_path / "S" / "features" / "x"
+    paths, folder = some_pictures(tmp_path, 10), tmp_path / "features"
     store = FeatureStore(folder, "hash", 4, 3)
-    store.add(store.locate(tmp_path, names[:4]), encode, 8)
+    store.add({name: paths[name] for name in "0123"}, load, mean_colour)
     with open(folder / "features.f16", "ab") as file:
         file.write(b"half a row")
     store = FeatureStore(folder, "hash", 4, 3)
-    store.add(store.locate(tmp_path, names), encode, 8)
-    assert [store.features[store.row[name], 0, 0] for name in names] == [2 * i for i in range(10)]
+    store.add({name: paths[name] for name in "456789"}, load, mean_colour)
+    assert [store.features[store.row[str(i)], 0, 0] for i in range(10)] == [2 * i for i in range(10)]
 
 
 def test_a_store_of_another_encoder_is_refused(tmp_path):
-    names, folder = some_pictures(tmp_path, 2), tmp_path / "S" / "features" / "x"
-    store = FeatureStore(folder, "one", 4, 3)
-    store.add(store.locate(tmp_path, names), encode, 8)
+    FeatureStore(tmp_path / "features", "one", 4, 3).add(some_pictures(tmp_path, 2), load, mean_colour)
     with pytest.raises(DataError, match="features of another encoder"):
-        FeatureStore(folder, "two", 4, 3)
+        FeatureStore(tmp_path / "features", "two", 4, 3)
 
 
-def test_missing_pictures_stop_before_and_broken_ones_after_the_others(tmp_path):
-    names, folder = some_pictures(tmp_path, 5), tmp_path / "S" / "features" / "x"
-    store = FeatureStore(folder, "hash", 4, 3)
-    with pytest.raises(DataError, match=r"1 of 6 pictures are missing .*nowhere.png"):
-        store.locate(tmp_path, [*names, "S/images/nowhere.png"])
-    assert not store.row
-    (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:40])
-    (tmp_path / names[3]).write_text("no picture")
-    with pytest.raises(DataError, match=r"2 of 5 pictures are unreadable, the first: .*1.png is not a readable picture"):
-        store.add(store.locate(tmp_path, names), encode, 8)
-    assert len(FeatureStore(folder, "hash", 4, 3).row) == 3, "the others are kept"
+def test_broken_pictures_are_told_after_the_others_are_kept(tmp_path):
+    paths = some_pictures(tmp_path, 5)
+    paths["1"].write_bytes(paths["1"].read_bytes()[:40])
+    paths["3"].write_text("no picture")
+    broken = FeatureStore(tmp_path / "features", "hash", 4, 3).add(paths, load, mean_colour)
+    assert sorted(str(x).partition(" is not a readable picture")[0][-5:] for x in broken) == ["1.png", "3.png"]
+    assert set(FeatureStore(tmp_path / "features", "hash", 4, 3).row) == {"0", "2", "4"}
+
+
+# ---- the other readers, on files as their owners publish them -----------------------------------------------------
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def lines(*rows):
+    """JSON lines with a blank one, the last without its newline, as some of the official files are."""
+    return "\n\n".join(map(json.dumps, rows))
+
+
+def test_nlvr2_has_two_pictures_named_by_the_identifier(tmp_path):
+    row = {"identifier": "train-17-2-0", "sentence": "One image shows exactly two cups.", "label": "False", "directory": 67,
+           "left_url": "http://a", "right_url": "http://b", "writer": "9", "validation": {"4": "False"}}
+    write(tmp_path / "nlvr/train.json", lines(row, row | {"identifier": "train-17-3-0", "label": "True"}))
+    one, two = read_examples(tmp_path, "nlvr", "train")
+    assert one.pictures == ("train-17-2-img0", "train-17-2-img1") and two.pictures[1] == "train-17-3-img1"
+    assert (one.text, one.answers, two.answers) == ("One image shows exactly two cups.", {"false": 1.0}, {"true": 1.0})
+    for place in ("train/67", "train", "."):                            # numbered folders, flat ones, and one for all
+        file = tmp_path / place / "nlvr/images" / place / "train-17-2-img0.png"
+        write(file, "")
+        assert find_files([tmp_path / place / "nlvr/images"], one.pictures) == {"train-17-2-img0": file}
+
+
+def test_a_png_that_is_none_is_opened_by_its_content(tmp_path):
+    Image.new("RGB", (9, 9), (200, 0, 0)).save(tmp_path / "x.png", "GIF")
+    assert load_picture(tmp_path / "x.png", 4)[0, 0, 0] == 200
+
+
+def test_captions_are_examples_in_training_and_references_elsewhere(tmp_path):
+    def image(number, split, *texts):
+        return {"filepath": "val2014", "filename": f"COCO_val2014_{number:012d}.jpg", "cocoid": number, "imgid": 0, "split": split,
+                "sentences": [{"raw": text, "tokens": [], "sentid": 10 * number + i} for i, text in enumerate(texts)]}
+    write(tmp_path / "COCO/dataset_coco.json", {"dataset": "coco", "images": [
+        image(1, "restval", " A boy flies a kite. ", "A kite."), image(2, "val", "Cups.", "Two cups."), image(3, "test", "A")]})
+    write(tmp_path / "COCO/image_info_test2014.json", {"images": [{"id": 7, "file_name": "COCO_test2014_000000000007.jpg"}]})
+    trained = read_examples(tmp_path, "caption", "karpathy_train")
+    assert [e.answers for e in trained] == [{"A boy flies a kite.": 1.0}, {"A kite.": 1.0}]
+    assert {e.pictures for e in trained} == {("COCO_val2014_000000000001",)}
+    val, = read_examples(tmp_path, "caption", "karpathy_val")
+    assert (val.id, val.text, val.truth["references"]) == (2, "", ["Cups.", "Two cups."])
+    assert [e.id for e in read_examples(tmp_path, "caption", "val2014")] == [1, 2, 3]
+    assert [e.pictures for e in read_examples(tmp_path, "caption", "test2014")] == [("COCO_test2014_000000000007",)]
+
+
+@pytest.fixture
+def value(tmp_path):
+    """VALUE's layout with its oddities: a NaN moment, stray spaces, names that are no numbers, missing subtitles."""
+    ann = tmp_path / "video/ann"
+    write(ann / "tv_subtitles.jsonl", lines(
+        {"vid_name": "s02e03_seg01_clip_04", "sub": [{"text": "Hi.", "start": 0.3, "end": 1.2}, {"text": " Ann! ", "start": 2}]},
+        {"vid_name": "friends_s01e01_seg01_clip_00", "sub": []}))
+    asked = {"qid": 901, "q": "What does Ann hold?", "a0": "A cup.", "a1": "A book", "a2": "Her keys ", "a3": "Nothing.",
+             "a4": "A hat", "answer_idx": 2, "ts": "10.2-15.07", "vid_name": "s02e03_seg01_clip_04", "show_name": "Castle"}
+    write(ann / "tvqa/tvqa_val.jsonl", lines(
+        asked, asked | {"qid": 902, "ts": "NaN-NaN", "vid_name": "friends_s01e01_seg01_clip_00"}, asked | {"qid": 903, "vid_name": "x"}))
+    write(ann / "tvqa/tvqa_test_release.jsonl", lines({k: v for k, v in asked.items() if k != "answer_idx"}))
+    write(ann / "how2_subtitles.jsonl", "")
+    write(ann / "how2qa/how2qa_val_release.jsonl", lines(
+        {"vid_name": "e_367c", "ts": "3.1-9.87", "qid": 1, "q": "Why?", "a0": "a", "a1": "b", "a2": "c", "a3": "d", "answer_idx": 3}))
+    clip = {"vid_name": "s02e03_seg01_clip_04", "duration": 88.4, "ts": [12.0, 17.55], "clip_id": 501}
+    told = [{"desc": f"Kate does {i}. ", "desc_id": 10 + i, "type": "v", "from_retrieval": False} for i in range(4)]
+    write(ann / "tvc/tvc_train_release.jsonl", lines(clip | {"descs": told[:2]}))
+    write(ann / "tvc/tvc_val_release.jsonl", lines(clip | {"descs": told}))
+    write(ann / "tvc/tvc_test_release.jsonl", lines(clip))
+    write(ann / "yc2_subtitles.jsonl", "")
+    write(ann / "yc2c/yc2c_val_release.jsonl", lines({"vid_name": "abCdEf-1_23_4", "clip_id": 13001, "duration": 12,
+                                                      "descs": [{"desc": "add salt", "desc_id": 1}]}))
+    return tmp_path
+
+
+def test_videos_are_asked_about_in_the_originals_words(value, tokenizer):
+    one, nan, silent = read_examples(value, "tvqa", "val")
+    text = tokenizer.decode(data.encode(tokenizer, "tvqa", one))
+    assert text == ("[Subs] Hi. Ann! [Q] What does Ann hold? [TS] (10.2-15.07) [Choices] a0: A cup. a1: A book. a2: Her keys. "
+                    "a3: Nothing. a4: A hat. tvqa: ")
+    assert (one.answers, one.truth) == ({"a2": 1.0}, {"answer": "a2", "show": "Castle"})
+    assert "[TS] (NaN-NaN)" in nan.text and nan.subtitles == "" == silent.subtitles
+    assert read_examples(value, "tvqa", "test_release")[0].answers == {}
+    how, = read_examples(value, "how2qa", "val_release")
+    assert how.pictures == ("e_367c",) and how.answers == {"a3": 1.0} and "a4:" not in how.text
+
+
+def test_moments_have_four_references_and_whole_videos(value, tokenizer):
+    assert [e.answers for e in read_examples(value, "tvc", "train_release")] == [{"Kate does 0.": 1.0}, {"Kate does 1.": 1.0}]
+    clip, = read_examples(value, "tvc", "val_release")
+    assert clip.id == 501 and len(clip.truth["references"]) == 4
+    assert tokenizer.decode(data.encode(tokenizer, "tvc", clip)) == "[Subs] Hi. Ann! [TS] ([12.0, 17.55]) tvc: "
+    assert read_examples(value, "tvc", "test_release")[0].truth["references"] == []
+    recipe, = read_examples(value, "yc2c", "val_release")
+    assert (recipe.pictures, tokenizer.decode(data.encode(tokenizer, "yc2c", recipe)).split()) == (("abCdEf-1_23_4",), ["[Subs]", "yc2c:"])
+
+
+def test_of_a_long_text_the_subtitles_are_cut(tokenizer):
+    example = data.Example(1, ("x",), data.choose_from("Who?", "0-1", ["Ann", "Bob"]), {}, subtitles="so it is " * 500)
+    ids = data.encode(tokenizer, "tvqa", example)
+    assert len(ids) == 600 and ids[-1] == tokenizer.end
+    text = tokenizer.decode(ids)
+    assert text.startswith("[Subs] so it is so") and text.endswith(" [Q] Who? [TS] (0-1) [Choices] a0: Ann. a1: Bob. tvqa: ")
+
+
+def test_vl_t5s_lists_are_read_in_the_place_of_the_official_files(tmp_path):
+    write(tmp_path / "vqa/karpathy_val.json", [{"question_id": 42003, "img_id": "COCO_val2014_000000000042", "sent": "What?",
+          "question_type": "what", "answer_type": "other", "label": {"kite": 1.0, "toy": 0.3}, "answers": [{"answer": "kite"}] * 10}])
+    write(tmp_path / "GQA/train.json", [{"question_id": "071", "img_id": "23", "sent": "Is it?", "label": {"yes": 1.0}}])
+    write(tmp_path / "GQA/valid.json", [{"question_id": "072", "img_id": "n24", "sent": "Is it?", "label": {"no": 1.0}}])
+    write(tmp_path / "nlvr/valid.json", [{"identifier": "dev-1-0-0", "img0": "dev-1-0-img0", "img1": "dev-1-0-img1", "label": 1,
+                                          "sent": "Cups.", "uid": "nlvr2_valid_0"}])
+    vqa, = read_examples(tmp_path, "vqa", "karpathy_val")
+    assert (vqa.pictures, vqa.answers, len(vqa.truth["answers"])) == (("COCO_val2014_000000000042",), {"kite": 1.0, "toy": 0.3}, 10)
+    assert [(e.id, e.pictures, e.truth["answer"]) for e in read_examples(tmp_path, "gqa", "train,val")] == [
+        ("071", ("23",), "yes"), ("072", ("n24",), "no")]
+    nlvr, = read_examples(tmp_path, "nlvr", "dev")
+    assert (nlvr.pictures, nlvr.answers) == (("dev-1-0-img0", "dev-1-0-img1"), {"true": 1.0})
+
+
+def test_caption_weights_make_the_mean_over_tokens(tiny, tokenizer):
+    examples = read_examples(tiny / "datasets", "caption", "karpathy_train")
+    corpus = Corpus("caption", examples, tokenizer, Features(n for e in examples for n in e.pictures))
+    batch = corpus.batch(np.arange(5), 8, seed=1)
+    real = batch["labels"] != -100
+    losses = torch.rand(real.shape) * real
+    ours = (batch["weights"] * losses.sum(1) / real.sum(1)).mean()
+    assert torch.allclose(ours, losses[:5].sum() / real[:5].sum())
+
+
+# ---- videos -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", json.loads((Path(__file__).parent / "golden" / "golden_fps.json").read_text())["cases"],
+                         ids=lambda case: case["rate"])
+def test_frames_are_picked_as_ffmpegs_filter_picks_them(case):
+    step = 1 / Fraction(case["rate"])                       # the files were Matroska, which keeps milliseconds
+    frames = [(Fraction(round(1000 * i * step), 1000), step, i) for i in range(case["frames"])]
+    assert list(sample(frames, FPS)) == case["picks"]
+
+
+def make_video(path, times, codec="mpeg4", size=(64, 48), audio=False, **options):
+    """A video whose i-th frame, at times[i] in milliseconds, is as grey as i."""
+    with av.open(str(path), "w", **options) as container:
+        stream = container.add_stream(codec, 1000)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), i % 250, np.uint8), "rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def filtered(path):
+    """How grey the frames are that PyAV's own filter graph keeps; the ffmpeg program lets a file begin at 0."""
+    with av.open(str(path)) as container:
+        stream, graph, kept = container.streams.video[0], av.filter.Graph(), []
+        start = round(container.start_time / av.time_base / stream.time_base)
+        source = graph.add_buffer(template=stream)
+        fps, sink = graph.add("fps", "2/3"), graph.add("buffersink")
+        source.link_to(fps)
+        fps.link_to(sink)
+        graph.configure()
+        for frame in [*container.decode(stream), None]:
+            if frame is not None:
+                frame.pts -= start
+            graph.push(frame)
+            while True:
+                try:
+                    kept.append(int(graph.pull().to_ndarray(format="gray").mean()))
+                except (av.BlockingIOError, av.EOFError):
+                    break
+        return kept
+
+
+RNG = random.Random(3)
+RATES = {str(rate): [round(1000 * i / rate) for i in range(max(4, int(12 * rate)))] for rate in (60, 30, 29.97, 25, 23.976, 15, 8, 3, 1, 0.5)}
+RATES |= {f"variable {k}": sorted(RNG.sample(range(0, 12000), 90)) for k in range(3)}
+RATES |= {"from 0.7 s on": [700 + 40 * i for i in range(300)], "with a gap": [40 * i for i in range(60)] + [9000 + 40 * i for i in range(60)]}
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+@pytest.mark.parametrize("name", RATES)
+def test_frames_of_files_are_those_of_pyavs_filter(tmp_path, name, suffix):
+    path = make_video(tmp_path / f"x.{suffix}", RATES[name])
+    ours = [int(frame.mean()) for frame in load_video(path, 32)]
+    theirs = filtered(path)
+    assert len(ours) == len(theirs) and np.abs(np.subtract(ours, theirs)).max() <= 20, (ours, theirs)
+
+
+def test_frames_of_tvqa_are_a_folder_at_three_a_second(tmp_path):
+    for i in range(30):
+        Image.new("RGB", (40, 20), (8 * i, 0, 0)).save(tmp_path / f"{i + 1:05d}.jpg")
+    assert [round(int(frame[0, 0, 0]) / 8) for frame in load_video(tmp_path, 16)] == [2, 6, 11, 15, 20, 24, 29]
+
+
+def test_frames_are_scaled_and_cropped_not_squeezed(tmp_path):
+    picture = np.zeros((50, 100, 3), np.uint8)
+    picture[:, 25:75] = 255                                              # the square in the middle is white
+    Image.fromarray(picture).save(tmp_path / "1.png")
+    assert load_video(tmp_path, 32)[0, :, 1:-1].min() > 200
+
+
+def test_64_frames_by_zeros_or_by_the_greatest(tmp_path):
+    x = torch.randn(150, 5)
+    assert torch.equal(fit_frames(x[:64]), x[:64])
+    assert torch.equal(fit_frames(x[:10])[:10], x[:10]) and not fit_frames(x[:10])[10:].any()
+    naive = [x[i * 150 // 64:-(-(i + 1) * 150 // 64)].max(0).values for i in range(64)]
+    assert torch.equal(fit_frames(x), torch.stack(naive))
+    recorded = np.load(Path(__file__).parent / "golden" / "downsample.npz")
+    for name in (key for key in recorded if key.startswith("resize/in_")):
+        ours = fit_frames(torch.from_numpy(recorded[name]).squeeze())
+        assert torch.allclose(ours, torch.from_numpy(recorded[name.replace("in_", "out_")]).squeeze()), name
+
+
+def test_values_features_are_read_as_they_are(tmp_path):
+    features = np.random.randn(20, 512).astype(np.float16)
+    np.savez(tmp_path / "x.npz", features=features)
+    assert (load_features(tmp_path / "x.npz") == features).all()
+    np.savez(tmp_path / "y.npz", other=features)
+    (tmp_path / "z.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:300])
+    for name in "yz":
+        with pytest.raises(DataError, match=f"{name}.npz is not a file of VALUE's features"):
+            load_features(tmp_path / f"{name}.npz")
+
+
+def audio_only(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", 16000)
+        for i in range(10):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 16000, 1024 * i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def cut(path, share):
+    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+
+
+TEN_SECONDS = [40 * i for i in range(250)]
+BAD_VIDEOS = {
+    "empty": (lambda p: p.write_bytes(b""), "mp4", "is empty, truncated or not a readable video"),
+    "no video": (lambda p: p.write_text("no video"), "mp4", "is empty, truncated or not a readable video"),
+    "without its index": (lambda p: cut(make_video(p, TEN_SECONDS), 0.6), "mp4", "is empty, truncated or not a readable video"),
+    "cut short, mp4": (lambda p: cut(make_video(p, TEN_SECONDS, options={"movflags": "faststart"}), 0.6), "mp4", "truncated"),
+    "cut short, mkv": (lambda p: cut(make_video(p, TEN_SECONDS), 0.6), "mkv", "is truncated"),
+    "audio only": (audio_only, "mp4", "has no pictures, only audio"),
+    "of no length": (lambda p: make_video(p, []), "mkv", "x.mkv"),
+    "an empty folder": (Path.mkdir, "", "has no frames"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VIDEOS)
+def test_bad_videos_are_told_in_one_sentence(tmp_path, name):
+    spoil, suffix, message = BAD_VIDEOS[name]
+    path = tmp_path / f"x.{suffix}".rstrip(".")
+    spoil(path)
+    with pytest.raises(DataError) as problem:
+        load_video(path, 32)
+    assert message in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_a_video_without_time_stamps_goes_by_its_rate(tmp_path):
+    path = tmp_path / "x.h264"                                          # a bare stream, whose frames have no times
+    with av.open(str(path), "w", format="h264") as container:
+        stream = container.add_stream("libx264", 25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(250):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), i, np.uint8), "rgb24")))
+        container.mux(stream.encode(None))
+    assert np.abs([int(f.mean()) - k for f, k in zip(load_video(path, 32), [18, 56, 93, 131, 168, 206, 243])]).max() < 5
+
+
+def test_a_short_video_has_a_frame(tmp_path):
+    assert len(load_video(make_video(tmp_path / "x.mkv", [0, 40, 80]), 32)) >= 1
 
 
 # ---- bad files ----------------------------------------------------------------------------------------------------
@@ -253,5 +530,5 @@ def test_the_report_counts_what_is_there_and_what_is_not(world, monkeypatch, cap
     said = capsys.readouterr().out
     assert end.value.code == 2
     assert "karpathy_train         64 examples (published: 605,102)" in said
-    assert "28 pictures, 1 missing, 1 unreadable" in said and pictures[0].name in said and pictures[1].name in said
+    assert "28 pictures, 1 missing, 1 unreadable" in said and pictures[0].stem in said and pictures[1].name in said
     assert "train_balanced_questions.json is missing" in said and "get it at https://cs.stanford.edu" in said

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters import select, trainable
+from evaluate import decide
 from model import generate, load_clip, pool
 from original import FOLDER, Recorded, cases, distance, features
 
@@ -73,6 +74,24 @@ def test_ten_steps_of_the_authors_optimizer(path):
                 p.grad = None
     for name in arrays["trainable"]:
         assert np.abs(trained[case.rename(name)].detach().numpy() - arrays["final/" + name]).max() < 1e-6, name
+
+
+class TwoWords:
+    """Stands in for a tokenizer: "true" is word 10 and "false" word 11, as in the recorded cases."""
+    def pieces(self, text):
+        return [{"true": 10, "false": 11}[text]]
+
+    def encode(self, text):
+        return [0, *self.pieces(text), 2]
+
+
+@pytest.mark.parametrize("path", cases("nlvr"), ids=lambda path: path.stem)
+def test_statements_are_judged_by_the_logits_of_two_words(path):
+    case = Recorded(path)
+    select(case.model.eval(), "nlvr")
+    ids, feats, *_ = case.batch()
+    said = decide(case.model, TwoWords(), ("false", "true"), ids, feats)
+    assert [word == "true" for word in said] == [bool(x) for x in case.arrays["out/pred_ans_id"]]
 
 
 VARIANTS = [(path, str(key)) for path in cases("generate") for key in np.load(path) if key.startswith("gen/")]
