@@ -1,15 +1,19 @@
-"""Our ids are those of transformers' slow BartTokenizer, for one vocabulary: GPT-2's, in the order of BART's."""
+"""BPE has the ids of transformers' slow BartTokenizer, for GPT-2's vocabulary in the order of BART's; Unigram has the
+ids and texts of sentencepiece, for models that its trainer makes here and for small ones written by hand."""
 
+import io
 import json
 import random
+import struct
 import unicodedata
 from importlib.resources import files
 
 import pytest
 import regex
-from transformers import BartTokenizer
+import sentencepiece
+from transformers import BartTokenizer, T5Tokenizer
 
-from tokenizer import BPE, VocabularyError, byte_symbols, word_pattern
+from tokenizer import BPE, Unigram, VocabularyError, byte_symbols, load_tokenizer, word_pattern
 
 ADDED = [f"<extra_id_{i}>" for i in range(12)] + ["<vis_extra_id_0>"]
 
@@ -27,12 +31,12 @@ FRAGMENTS = WORDS * 3 + [
     " ", "   ", "\t", "\n", "\r\n", "\v", "\f", "\xa0", "\u1680", "\u180e", "\u2003", "\u2028", "\u202f", "\u3000"]
 
 
-def make_lines(count: int) -> list[str]:
+def make_lines(count: int, fragments: list[str] = FRAGMENTS) -> list[str]:
     """Seeded nonsense: words and oddities, now and then any character, with and without spaces between."""
     rng, lines = random.Random(0), ["", " ", "\n", "Hello world", " Hello  world "]
     alphabets = [c for c in CHARACTERS if c < "\u3400"]                 # above it nearly all are Chinese or Korean
     while len(lines) < count:
-        parts = [rng.choice(FRAGMENTS if rng.random() < 0.8 else alphabets) for _ in range(rng.randint(1, 9))]
+        parts = [rng.choice(fragments if rng.random() < 0.8 else alphabets) for _ in range(rng.randint(1, 9))]
         lines.append("".join(part + rng.choice(["", "", " ", " ", " ", "  ", "\n", " \t", "\xa0"]) for part in parts))
     return lines
 
@@ -158,3 +162,184 @@ def test_a_bad_vocabulary_is_refused_with_the_name_of_its_file(tmp_path, file, c
     with pytest.raises(VocabularyError) as error:
         BPE(write(tmp_path, **contents))
     assert str(tmp_path / file) in str(error.value) and message in str(error.value)
+
+
+MODELS = {                                      # what T5 has, and what else a model may have
+    "T5": {"vocab_size": 8000},
+    "small": {"vocab_size": 200, "add_dummy_prefix": False},
+    "bytes": {"vocab_size": 1000, "byte_fallback": True, "remove_extra_whitespaces": False},
+    "identity": {"vocab_size": 500, "normalization_rule_name": "identity", "unk_surface": "?"},
+    "identity, bytes": {"vocab_size": 600, "normalization_rule_name": "identity", "byte_fallback": True},
+    "verbatim": {"vocab_size": 700, "user_defined_symbols": ["<sep>", "an", "日本", "３", "a  b"],
+                 "split_by_whitespace": False}}
+SYLLABLES = [a + b for a in "b d f g k l m n p r s t st tr".split() for b in "a e i o u er an".split()]
+INVENTED = ["".join(random.Random(i).choices(SYLLABLES, k=1 + i % 4)) for i in range(20_000)]
+UNIGRAM_LINES = make_lines(20_000, FRAGMENTS + INVENTED[:100] + [
+    "▁", " ▁ ", "ＡＢＣ", "ﬁ", "ﷺ", "㌔", "ｶﾞ", "¨", "\u1100\u1161\u11a8", "!!!!!!", "00000", "aaaaaaa", "{~}", "<sep>",
+    "a  b"])
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    rng = random.Random(1)
+    return [" ".join(rng.choices(INVENTED, k=9) + rng.choices(FRAGMENTS, k=1)) for _ in range(8000)]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory, corpus):
+    """Unigram and sentencepiece with one model, and its share of the lines."""
+    folder, model = tmp_path_factory.mktemp("unigram"), io.BytesIO()
+    number, settings = list(MODELS).index(request.param), MODELS[request.param]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus[:settings["vocab_size"]]), model_writer=model, num_threads=1, minloglevel=2,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=0.98, hard_vocab_limit=False, **settings)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return Unigram(folder), theirs, UNIGRAM_LINES[number::len(MODELS)]
+
+
+def test_ids_and_texts_are_those_of_sentencepiece(pair):
+    ours, theirs, lines = pair
+    assert len(ours) == len(theirs)
+    assert (ours.start, ours.pad, ours.end, ours.unknown) == (None, 0, 1, 2)
+    rng = random.Random(2)
+    for line in lines:
+        ids = theirs.encode(line)
+        assert ours.encode(line) == [*ids, 1], ascii(line)
+        assert ours.decode(ids) == theirs.decode(ids), ascii(line)
+        ids = rng.choices(range(min(300, len(theirs))), k=6)            # bytes that are no UTF-8, <unk>, </s>
+        assert ours.decode(ids) == theirs.decode(ids), ids
+
+
+@pytest.mark.parametrize("text", [
+    "", "   ", "\n\u3000", "\0", "a\0b", "\x01", "\u200b ", " ▁ ", "▁a▁", "☃☃ ☃", "ba" * 3000])
+def test_odd_texts(pair, text):
+    ours, theirs, _ = pair
+    assert ours.pieces(text) == theirs.encode(text)
+    assert ours.decode(ours.pieces(text)) == theirs.decode(theirs.encode(text))
+
+
+def test_half_a_surrogate_pair_is_a_question_mark(pair):
+    assert pair[0].pieces("a\ud800b") == pair[1].encode("a?b")
+
+
+def field(number: int, value: int | float | str | bytes) -> bytes:
+    """One field of a protobuf message."""
+    def varint(value):
+        return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + varint(value >> 7)
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    value = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+SPECIAL = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2)]
+NEWEST = [("▁new", -7.1, 1), ("est", -8.0, 1), ("▁", -2.0, 1), ("newest", -13.6, 1), ("▁ne", -8.3, 1),
+          ("west", -10.9, 1)]
+
+
+def make_model(pieces=NEWEST, special=SPECIAL, trainer: bytes = b"", rules: bytes = b"", other: bytes = b"") -> bytes:
+    """A spiece.model of (piece, score, kind) and the fields of its other messages."""
+    pieces = [field(1, field(1, piece) + field(2, score) + field(3, kind)) for piece, score, kind in special + pieces]
+    return b"".join(pieces) + field(2, trainer) + other + field(3, rules)
+
+
+def write_model(folder, model: bytes):
+    (folder / "spiece.model").write_bytes(model)
+    return folder
+
+
+def test_a_small_model(tmp_path):
+    ours = load_tokenizer(write_model(tmp_path, make_model()))
+    assert isinstance(ours, Unigram)
+    assert ours.encode("newest  newest ") == [3, 4, 3, 4, 1]
+    assert ours.encode("xy est") == [5, 2, 5, 4, 1] and ours.decode([5, 2, 5, 4, 1]) == " ⁇  est"
+    assert ours.decode([0, 3, 999, 4, 1]) == "newest"                    # a model may have more rows than words
+    (tmp_path / "spiece.model").unlink()
+    assert isinstance(load_tokenizer(write(tmp_path)), BPE)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_of_equally_good_ways_sentencepiece_takes_the_same(tmp_path, seed):
+    rng = random.Random(seed)
+    texts = {"".join(rng.choices("ab▁é", k=rng.choice([1, 1, 2, 2, 3, 4]))) for _ in range(25)}
+    step = rng.choice([1.0, 0.7, 0.1, 1e-7])
+    model = make_model([(text, -step * rng.randint(1, 12), rng.choice([1] * 9 + [4, 5])) for text in sorted(texts)])
+    ours, theirs = Unigram(write_model(tmp_path, model)), sentencepiece.SentencePieceProcessor(model_proto=model)
+    for _ in range(25):
+        text = "".join(rng.choices("aaabbb é☃", k=60))
+        assert ours.pieces(text) == theirs.encode(text)
+
+
+def test_a_long_text_loses_pieces_but_not_its_end(tmp_path):
+    ours = Unigram(write_model(tmp_path, make_model()))
+    assert ours.encode("newest newest", max_length=5) == [3, 4, 3, 4, 1]
+    assert ours.encode("newest newest", max_length=4) == [3, 4, 3, 1]
+    assert ours.encode("newest newest", max_length=1) == [1]
+
+
+T5_ADDED = [f"<extra_id_{i}>" for i in reversed(range(12))]
+
+
+@pytest.mark.parametrize("text", [
+    "<extra_id_3>", " <extra_id_0> ", "newest<extra_id_1>west", "est <extra_id_11> est <extra_id_1><extra_id_2>  est",
+    "<extra_id_1", "<extra_id_12>", "<vis_extra_id_1>"])
+def test_added_tokens_are_those_of_transformers(tmp_path, text):
+    ours = Unigram(write_model(tmp_path, make_model()), T5_ADDED)
+    theirs = T5Tokenizer(str(tmp_path / "spiece.model"), extra_ids=12, legacy=True)
+    assert len(ours) == len(theirs)
+    assert ours.encode(text) == theirs(text).input_ids
+
+
+def test_added_tokens_count_on_from_the_vocabulary(tmp_path):
+    ours = Unigram(write_model(tmp_path, make_model()), [*T5_ADDED, "<vis_extra_id_1>", "est"])     # est is a piece
+    assert len(ours) == 9 + 13
+    assert ours.pieces("".join(T5_ADDED) + "<vis_extra_id_1>est") == [*range(9, 9 + 13), 4]
+    assert ours.decode([3, 9, 7, 4]) == "new ne"
+
+
+def rules(*units: int, size: int = 1024, replacements: bytes = b"b\0") -> bytes:
+    """A normalizer_spec whose double array begins with `units`; its other units are leaves."""
+    return field(2, struct.pack("<257I", size, *units, *[1 << 31] * (256 - len(units))) + replacements)
+
+
+def test_a_rule_that_begins_with_two_letters(tmp_path):
+    units = 98 << 10, 0, 6 << 10 | 1 << 8 | 98, 99 << 10 | 97           # the root, nothing, b after a, a
+    model = make_model([("a", -1.0, 1), ("b", -2.0, 1)], rules=rules(*units))
+    ours, theirs = Unigram(write_model(tmp_path, model)), sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert ours.pieces("aabba") == theirs.encode("aabba") == [2, 3, 4, 4, 3]      # ab -> b
+
+
+@pytest.mark.parametrize("model, message", [
+    (None, "is missing"),
+    (b"", "truncated or not a sentencepiece model"),
+    (json.dumps(SMALL).encode(), "truncated or not a sentencepiece model"),
+    (random.Random(0).randbytes(1000), "truncated or not a sentencepiece model"),
+    (b"\x0a" + b"\xff" * 100, "truncated or not a sentencepiece model"),
+    (make_model().replace(b"west", b"wes\xff"), "not a sentencepiece"),
+    (make_model(trainer=field(3, 2)), "its model_type should be 1"),
+    (make_model(trainer=field(24, 1)), "its treat_whitespace_as_suffix should be 0"),
+    (make_model(other=field(5, field(2, b"rules"))), "its denormalizer_charsmap should be b''"),
+    (make_model(special=SPECIAL[1:]), "has no <pad>"),
+    (make_model(special=SPECIAL[:1] + SPECIAL[2:]), "has no </s>"),
+    (make_model(special=SPECIAL[:2]), "has no piece for unknown characters"),
+    (make_model(trainer=field(35, 1)), "has no <0x00>"),
+    (make_model(NEWEST + NEWEST[:1]), "empty or there twice"),
+    (make_model([("a", float("nan"), 1)]), "not the logarithm of a probability"),
+    (make_model(rules=rules(size=2048)), "truncated normalization rules"),
+    (make_model(rules=rules(1 << 20)), "point outside of their table"),
+    (make_model(rules=rules(98 << 10 | 1 << 8, *[1 << 31 | 999] * 255)), "point outside of their table"),
+])
+def test_a_bad_model_is_refused_with_the_name_of_its_file(tmp_path, model, message):
+    with pytest.raises(VocabularyError) as error:
+        Unigram(write_model(tmp_path, model) if model is not None else tmp_path)
+    assert str(tmp_path / "spiece.model") in str(error.value) and message in str(error.value)
+
+
+def test_a_truncated_model_is_refused_wherever_it_ends(tmp_path):
+    model = make_model()
+    for size in range(len(model)):
+        with pytest.raises(VocabularyError):
+            Unigram(write_model(tmp_path, model[:size]))
