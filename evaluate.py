@@ -611,6 +611,8 @@ def print_scores(scores: dict[str, dict[str, float]], title: str):
     for task, parts in scores.items():
         headline, *others = parts.items()
         print(f"{task:<24}{headline[1]:>8.2f}    " + "  ".join(f"{name} {value:.2f}" for name, value in others))
+        if headline == ("CIDEr", 0.0):
+            print(f"{'':24}CIDEr weighs a word by how few of the pictures have it: of one picture alone it is always 0")
 
 
 def save_predictions(path: Path, task: str, examples: list[Example], predictions: list[str]):

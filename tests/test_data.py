@@ -494,6 +494,12 @@ def spoil(path, change):
     path.write_text(json.dumps(content))
 
 
+def spoil_line(path, **fields):
+    """Changes fields of the last of JSON lines."""
+    *rows, last = path.read_text().splitlines()
+    path.write_text("\n".join([*rows, json.dumps(json.loads(last) | fields)]))
+
+
 VAL = "vqa/v2_OpenEnded_mscoco_val2014_questions.json"
 BAD_FILES = {
     "absent": (lambda w: (w / VAL).unlink(), "vqa", "val2014_questions.json is missing"),
@@ -504,6 +510,16 @@ BAD_FILES = {
     "without a field": (lambda w: spoil(w / VAL, lambda c: c["questions"][5].pop("image_id")), "vqa", "has no image_id"),
     "not matching": (lambda w: spoil(w / VAL, lambda c: c["questions"].pop()), "vqa", "do not match; question"),
     "of no objects": (lambda w: spoil(w / VAL, lambda c: c.update(questions=[1])), "vqa", "a record of 'questions' has no"),
+    "line not JSON": (lambda w: (w / "nlvr/train.json").write_text('{"identifier": "a"}\n{"ident'), "nlvr",
+                      "train.json, line 2 is truncated or not JSON"),
+    "nlvr2 of another data set": (lambda w: shutil.copy(w / VAL, w / "nlvr/train.json"), "nlvr", "a record has no identifier"),
+    "label unknown": (lambda w: spoil_line(w / "nlvr/train.json", label="maybe"), "nlvr", "should have a sentence and a label True or False"),
+    "the same id twice": (lambda w: spoil_line(w / "nlvr/train.json", identifier="train-0-0-0"), "nlvr",
+                          "has the id train-0-0-0 2 times"),
+    "caption without text": (lambda w: spoil(w / "COCO/dataset_coco.json", lambda c: c["images"][0]["sentences"][0].pop("raw")),
+                             "caption", "a record of caption's karpathy_train"),
+    "subtitles missing": (lambda w: (w / "video/ann/tv_subtitles.jsonl").unlink(), "tvqa", "tv_subtitles.jsonl is missing"),
+    "an answer missing": (lambda w: spoil_line(w / "video/ann/tvqa/tvqa_train.jsonl", a4=None), "tvqa", "a record of tvqa's train"),
     "gqa of another data set": (lambda w: shutil.copy(w / VAL, w / "GQA/val_balanced_questions.json"), "gqa", "is not GQA's"),
     "gqa empty": (lambda w: [(w / f"GQA/{p}_balanced_questions.json").write_text("{}") for p in ("train", "val")], "gqa",
                   "gqa has no examples for train,val"),

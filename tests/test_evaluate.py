@@ -158,6 +158,12 @@ def test_random_corpora_score_as_in_the_official_code():
         assert cider(hypotheses, references) == pytest.approx(Cider().compute_score(*theirs)[0], rel=1e-9, abs=1e-9)
 
 
+def test_cider_of_one_picture_is_explained(capsys):
+    alone = [Example(1, (), "", {}, "", {"references": ["A red star.", "A star."]})]
+    evaluate.print_scores({"caption": score_captions(alone, ["A red star."])}, "test")
+    assert "0.00" in (said := capsys.readouterr().out) and "of one picture alone it is always 0" in said
+
+
 def test_values_captions_have_a_space_for_what_is_not_ascii():
     def moment(*texts):
         return Example(1, (), "", {}, "", {"references": texts})

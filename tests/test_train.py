@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -204,6 +205,10 @@ BAD_INPUT = {
     "abbreviated flag": ((), ["--meth", "adapter"], "unrecognized arguments: --meth"),
     "no such weights": ((), ["--backbone", "bart-large"], "no weights called bart-large in"),
     "no such device": ((), ["--device", "nonsense"], "device 'nonsense' cannot be used"),
+    "pictures and videos": ((), ["--tasks", "vqa,tvqa"], "see features of different kinds: train them apart"),
+    "video missing": ((Path.unlink, "datasets/video/videos/yc2/a_-0001_1.mp4"), ["--tasks", "yc2c"], "1 of 9 videos are missing below"),
+    "video truncated": ((lambda p: truncate(p, 900), "datasets/video/videos/yc2/a_-0001_1.mp4"), ["--tasks", "yc2c"],
+                        "1 of 9 videos are unreadable, the first"),
     "batch of nothing": ((), ["--batch", "0"], "--batch, --epochs and --lr are positive numbers"),
     "bart truncated": ((truncate, BART), [], "pytorch_model.bin is truncated or not a weight file"),
     "bart misshapen": ((misshape, BART), [], "model.encoder.layers.0.fc1.weight is [3, 3], expected [256, 128]"),
@@ -233,6 +238,33 @@ def test_bad_input_is_told_in_one_sentence(tiny, tmp_path, capsys, name):
     assert message in said[-1] and not any("Traceback" in line for line in said)
     assert not list(tmp_path.rglob("executed")), "nothing in a file is executed"
     assert not (tmp_path / "run").exists(), "and no run is left behind"
+
+
+def test_with_allow_missing_it_runs_on_what_is_there_and_says_the_share(tiny, tmp_path, capsys):
+    world = tmp_path / "world"
+    shutil.copytree(tiny, world, ignore=shutil.ignore_patterns("features"))
+    subtitles = world / "datasets/video/ann/yc2_subtitles.jsonl"
+    subtitles.write_text("\n".join(subtitles.read_text().splitlines()[3:]))
+    (world / "datasets/video/videos/yc2/a_-0001_1.mp4").unlink()
+    truncate(world / "datasets/video/videos/yc2/a_-0008_1.mp4", 900)
+    assert command("--tasks", "yc2c", *SMALL, *flags_of(world), "--out", tmp_path / "run", "--allow-missing") == 0
+    said = capsys.readouterr().out
+    assert "yc2c, train_release: 5 of 6 examples have their pictures, 83.3 %" in said
+    assert "yc2c, val_release: 2 of 3 examples have their pictures, 66.7 %" in said
+    assert "yc2c, train_release: 2 of 5 examples have no subtitles" in said
+
+
+def test_values_released_features_stand_in_for_an_encoder(tiny, tmp_path):
+    world, rng = tmp_path / "world", np.random.default_rng(0)
+    shutil.copytree(tiny, world, ignore=shutil.ignore_patterns("features", "*.mp4"))
+    for video in (tiny / "datasets/video/videos/tv").iterdir():
+        folder = world / "datasets/video/vis_features/tv/clip-vit"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / f"{video.stem}.npz", features=rng.normal(size=(rng.integers(1, 90), 512)).astype(np.float16))
+    words = [*flags_of(world)[:-1], "clip-vit"]
+    assert command("--tasks", "tvqa,tvc", *SMALL, *words, "--out", tmp_path / "run") == 0
+    assert final_weights(tmp_path / "run")["visual.feature.weight"].shape[1] == 512
+    assert command("--tasks", "vqa", *SMALL, *words, "--out", tmp_path / "other") == 2
 
 
 def test_a_run_of_another_method_or_backbone_is_not_resumed(tiny, tmp_path, capsys):
