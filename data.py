@@ -10,7 +10,8 @@ Layout of DIR, as the official archives unpack and as the authors' repository ha
     GQA/    images/*.jpg   {train,val,testdev}_balanced_questions.json          or VG/**/*.jpg for the pictures
     nlvr/   images/**/*.png   {train,dev,test1}.json
     video/  ann/{tvqa,how2qa,tvc,yc2c}/*.jsonl   ann/{tv,how2,yc2}_subtitles.jsonl
-            videos/{tv,how2,yc2}/NAME.mp4, or folders NAME/*.jpg at 3 fps       or vis_features/{tv,how2,yc2}/clip-vit/*.npz
+            videos/{tv,how2,yc2}/NAME.mp4, or folders NAME/*.jpg at 3 fps
+            or, for --vision clip-vit, vis_features/{tv,how2,yc2}/clip-vit/NAME.npz
 
 Paper: https://arxiv.org/abs/2112.06825, section 4. Needs torch, numpy, pillow, av, tqdm and of ours tokenizer.py.
 """
@@ -119,8 +120,8 @@ def read_vqa(data: Path, split: str) -> list[Example]:
                         {"answers": [a["answer"] for a in r.get("answers", ())], "type": r.get("answer_type", "")})
                 for r in records(data / "vqa" / f"{split}.json", "question_id", "img_id", "sent", "label")]
     coco = data / "COCO" / "dataset_coco.json"
-    members = {image["cocoid"]: image["filepath"] for image in records(coco, "cocoid", "filepath", "split", key="images")
-               if image["split"] in KARPATHY[split]}
+    images = records(coco, "cocoid", "filepath", "split", key="images")
+    members = {image["cocoid"]: image["filepath"] for image in images if image["split"] in KARPATHY[split]}
     annotations, questions = {}, {}
     for year in ("train2014", "val2014"):
         asked = data / "vqa" / f"v2_OpenEnded_mscoco_{year}_questions.json"
@@ -248,9 +249,10 @@ def read_choices(task: str, videos: str, choices: int, data: Path, split: str) -
     said, names, examples = read_subtitles(data, videos), [f"a{i}" for i in range(choices)], []
     for r in records(data / "video" / "ann" / task / f"{task}_{split}.jsonl", "qid", "q", "ts", "vid_name", *names):
         right = f"a{r['answer_idx']}" if "answer_idx" in r else None
-        examples.append(Example(r["qid"], (str(r["vid_name"]),), choose_from(r["q"], r["ts"], [r[name] for name in names]),
-                                {right: 1.0} if right else {}, " ".join(r["q"].split()[:2]).lower(),
-                                {"answer": right, "show": r.get("show_name", "")}, said.get(str(r["vid_name"]), "")))
+        video, text = str(r["vid_name"]), choose_from(r["q"], r["ts"], [r[name] for name in names])
+        examples.append(Example(r["qid"], (video,), text, {right: 1.0} if right else {},
+                                " ".join(r["q"].split()[:2]).lower(),
+                                {"answer": right, "show": r.get("show_name", "")}, said.get(video, "")))
     return examples
 
 
@@ -801,7 +803,7 @@ def look(video: bool, path: Path) -> np.ndarray:
 def main():
     parser = argparse.ArgumentParser(description="Says which data are there, which are missing and where to get them.",
                                      allow_abbrev=False)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with vqa/, COCO/, GQA/, nlvr/, video/")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with vqa/, COCO/, GQA/, ...")
     parser.add_argument("--tasks", type=task_list, default=list(TASKS), metavar="A,B", help="default: all")
     args = parser.parse_args()
     if not report(args.data, args.tasks):

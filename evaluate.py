@@ -1,4 +1,4 @@
-"""How good a run is: the official metrics, predictions, submissions, and a question about a picture or video of your own.
+"""How good a run is: the official metrics, predictions, submissions, and questions about pictures of your own.
 
     python evaluate.py runs/compacter-vqa-gqa                       every task on its validation split
     python evaluate.py runs/compacter-vqa-gqa --split test
@@ -94,7 +94,8 @@ def score_gqa(examples: list[Example], predictions: list[str]) -> dict[str, floa
     values = [right[e.id] for e in balanced]
     scores = {"accuracy": sum(values) / len(values), **mean_by(values, kinds)}
     if len(balanced) < len(examples):
-        entailed = [[right[i] for i in e.truth["entailed"] if i != e.id and i in right] for e in balanced if right[e.id]]
+        entailed = [[right[i] for i in e.truth["entailed"] if i != e.id and i in right]
+                    for e in balanced if right[e.id]]
         shares = [sum(others) / len(others) for others in entailed if others]
         scores |= {"consistency": sum(shares) / len(shares)} if shares else {}
     return scores
@@ -651,8 +652,8 @@ figure.right { border-color: #2a9d4a } figure.wrong { border-color: #d1495b }
 img { flex: 1; min-width: 0; display: block } figcaption { padding: 10px } p { margin: 4px 0 0; color: #666 }
 .said { font-size: 1.2em; color: #222 } .right .said { color: #1b7a36 } .wrong .said { color: #b02a3d }"""
     page = (f'<!doctype html><meta charset="utf-8"><title>Predictions</title><style>{style}</style><h1>Predictions</h1>'
-            '<p>Green: right, for at least half of the points. Red: wrong. Grey: a caption, which has no right and wrong.'
-            f'</p>{"".join(cards)}')
+            '<p>Green: right, for at least half of the points. Red: wrong. Grey: a caption, neither right nor wrong.</p>'
+            + "".join(cards))
     write_atomically(path, page.encode())
 
 
@@ -669,7 +670,8 @@ def thumbnails(path: Path, video: bool) -> list[str]:
     """A picture, or four frames of a video, as data: addresses, so that the page is one file."""
     if video:
         frames = load_video(path, 160)
-        pictures = [Image.fromarray(frames[i]) for i in np.linspace(0, len(frames) - 1, min(4, len(frames))).astype(int)]
+        chosen = np.linspace(0, len(frames) - 1, min(4, len(frames))).astype(int)
+        pictures = [Image.fromarray(frames[i]) for i in chosen]
     else:
         with Image.open(path) as picture:
             pictures = [picture.convert("RGB")]
@@ -703,14 +705,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", metavar="DIR", help="pre-trained weights (default: where they were)")
     parser.add_argument("--allow-missing", action="store_true", default=None,
                         help="leave out examples whose pictures are missing or broken")
-    parser.add_argument("--java", action="store_true", help="METEOR and SPICE of captions too, with pycocoevalcap and Java")
-    parser.add_argument("--weights-of", choices=("best", "last"), default="best", help="best or last epoch (default: best)")
+    parser.add_argument("--java", action="store_true", help="METEOR and SPICE too, by pycocoevalcap's Java programs")
+    parser.add_argument("--weights-of", choices=("best", "last"), default="best", help="of which epoch (default: best)")
     parser.add_argument("--batch", type=int, default=200, metavar="N")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     instead = parser.add_argument_group("instead of scoring the run").add_mutually_exclusive_group()
     instead.add_argument("--blind", action="store_true", help="score the commonest answer per kind of question")
     instead.add_argument("--shuffle", action="store_true", help="shuffle the pictures among the questions")
-    instead.add_argument("--predictions", type=Path, metavar="FILE", help="score a file in the official form, of one task")
+    instead.add_argument("--predictions", type=Path, metavar="FILE", help="score a file in the official form")
     instead.add_argument("--submit", type=Path, metavar="DIR", help="write the files that the official servers want")
     instead.add_argument("--image", type=Path, nargs="+", metavar="P", help="a picture to ask about (nlvr: two)")
     instead.add_argument("--video", type=Path, metavar="P", help="a video to ask about")
@@ -795,8 +797,8 @@ def main():
     print_scores(scores, f"{args.split}{', shuffled' * args.shuffle}")
     if not args.shuffle:
         for task, corpus in corpora.items():
-            suffix = METRICS[TASKS[task].metric].suffix
-            save_predictions(args.run / f"predictions_{task}_{args.split}{suffix}", task, corpus.examples, predictions[task])
+            path = args.run / f"predictions_{task}_{args.split}{METRICS[TASKS[task].metric].suffix}"
+            save_predictions(path, task, corpus.examples, predictions[task])
         save_gallery(args.run / "predictions.html", Path(flags["data"]), corpora, predictions)
         print(f"\npredictions are in {args.run}; look at {args.run / 'predictions.html'}")
 

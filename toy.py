@@ -12,9 +12,10 @@ Needs torch, numpy, pillow, av, tqdm and of ours model.py, data.py and tokenizer
 import json
 import random
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -143,23 +144,19 @@ def ask_relation(scene, rng):
 
 
 def state(truth: bool, rng: random.Random) -> tuple[str, Scene, Scene]:
-    """A statement on two pictures, and scenes for the left and the right one that make it true or false."""
-    scenes = [draw_scene(rng), draw_scene(rng)]
-    quality, values = rng.choice([("color", list(COLORS)), ("shape", SHAPES)])
-    word, other = rng.sample(values, 2)
+    """A statement on the colours of two pictures, and scenes for left and right that make it true or false."""
+    color, other = rng.sample(list(COLORS), 2)
     if rng.random() < 0.5:
         which, has = "Both pictures show", [True, truth]
     else:
         which, has = "One of the pictures shows", [truth, False]
-    scenes = [replace(scene, **{quality: word if here else other}) for scene, here in zip(scenes, has)]
-    rng.shuffle(scenes)
-    return f"{which} {f'{word} things' if quality == 'color' else plural(word, 2)}.", *scenes
+    left, right = (replace(draw_scene(rng), color=color if here else other) for here in rng.sample(has, 2))
+    return f"{which} {color} things.", left, right
 
 
 def captions(scene: Scene) -> list[str]:
     number, things = NUMBERS[scene.number - 1], plural(scene.shape, scene.number)
-    return [f"{scene}.".capitalize(), f"A picture of {number} {scene.color} {things}.",
-            f"There {'is' if scene.number == 1 else 'are'} {number} {scene.size} {things}, {scene.color}."]
+    return [f"{scene}.".capitalize(), f"A picture of {number} {scene.color} {things}."]
 
 
 CHOICE_ASKS = [  # of a video: question, right answer by thing and speech, all answers
@@ -202,7 +199,7 @@ GQA_ASKS = [  # structural, semantic and detailed type, how
 COCO_PARTS = {"train": ("train2014", 1200), "restval": ("val2014", 100), "val": ("val2014", 150),
               "test": ("val2014", 150), "test2014": ("test2014", 10), "test2015": ("test2015", 10)}
 GQA_PARTS = {"train": 1200, "val": 100, "testdev": 200, "submission": 10}
-NLVR_PARTS = {"train": 500, "dev": 100, "test1": 50}
+NLVR_PARTS = {"train": 1200, "dev": 100, "test1": 50}
 VIDEO_PARTS = {"train": 400, "val": 100, "test": 10}
 
 
@@ -229,7 +226,8 @@ def write_coco(folder: Path, parts: dict = COCO_PARTS):
     for number, part, where, scene in tqdm(list(coco_pictures(parts)), "drawing COCO", unit=" pictures"):
         name = f"COCO_{where}_{number:012d}.jpg"
         save_picture(draw_picture(scene, rng), folder / "images" / where / name)
-        sentences = [{"raw": text, "imgid": number - 1, "sentid": 10 * number + i} for i, text in enumerate(captions(scene))]
+        sentences = [{"raw": text, "imgid": number - 1, "sentid": 10 * number + i}
+                     for i, text in enumerate(captions(scene))]
         images.append({"filepath": where, "filename": name, "cocoid": number, "imgid": number - 1, "split": part,
                        "sentences": sentences})
     labelled = [image for image in images if not image["split"].startswith("test20")]
@@ -299,19 +297,19 @@ def write_nlvr(folder: Path, parts: dict = NLVR_PARTS):
                 sentence, *scenes = state(truth, random.Random(seed))
                 folders = ["images", part, *([str(number % 100)] if part == "train" else [])]
                 for side, scene in enumerate(scenes):
-                    save_picture(draw_picture(scene, rng), folder.joinpath(*folders, f"{part}-{number}-{pair}-img{side}.png"))
+                    name = f"{part}-{number}-{pair}-img{side}.png"
+                    save_picture(draw_picture(scene, rng), folder.joinpath(*folders, name))
                 lines.append({"identifier": f"{part}-{number}-{pair}-0", "sentence": sentence, "label": str(truth)}
                              | ({"directory": number % 100} if part == "train" else {}))
         write_lines(folder / f"{part}.json", lines)
 
 
 def write_videos(folder: Path, parts: dict = VIDEO_PARTS):
-    """The videos of TV shows, how-to films and cooking with what is said in them, and the four tasks on them."""
-    written = {name: [] for name in ("tvqa", "tvc", "how2qa", "yc2c")}
-    for show, (seed, (speech, people)) in zip(SPEECH, enumerate(SPEECH.values())):
-        rng, subtitles, number = random.Random(SEED + 3 + seed), [], 0
+    """The videos of TV shows, how-to films and cooking, what is said in them, and the four tasks on them."""
+    for i, (show, (speech, people)) in enumerate(SPEECH.items()):
+        rng, subtitles, number = random.Random(SEED + 3 + i), [], 0
         for part, count in parts.items():
-            rows = {name: [] for name in written}
+            rows = defaultdict(list)
             for _ in tqdm(range(count), f"filming {show}'s {part}", unit=" videos"):
                 number += 1
                 thing, said, seconds = replace(draw_scene(rng), number=1), rng.choice(people), rng.choice([4.5, 6, 7.5])
@@ -319,34 +317,44 @@ def write_videos(folder: Path, parts: dict = VIDEO_PARTS):
                         "yc2": f"a_-{number:04d}_{number % 7}"}[show]
                 film(folder / "videos" / show / f"{name}.mp4", thing, seconds, rng)
                 subtitles.append({"vid_name": name, "sub": [{"text": speech.format(said), "start": 0.5, "end": 2.0}]})
-                about, hidden = {"vid_name": name, "duration": seconds}, part == "test"
-                if show != "yc2":
-                    task, count, asks = ("tvqa", 5, (0, 1, 2)) if show == "tv" else ("how2qa", 4, (0, 1, 3))
-                    for k in asks:
-                        question, choices, right = choose(thing, said, CHOICE_ASKS[k], count, rng)
-                        rows[task].append({"qid": 10 * number + k, "q": question, "vid_name": name, "ts": f"0.0-{seconds}",
-                                           **{f"a{i}": choice for i, choice in enumerate(choices)}}
-                                          | ({"show_name": "Castle" if number % 2 else "House"} if task == "tvqa" else {})
-                                          | ({} if hidden else {"answer_idx": right}))
-                if show != "how2":
-                    task = "tvc" if show == "tv" else "yc2c"
-                    told = moments(thing, said)[:2 if part == "train" else 4] if show == "tv" else [step(thing, said)]
-                    descriptions = [{"desc": text, "desc_id": 10 * number + i} for i, text in enumerate(told)]
-                    rows[task].append(about | {"clip_id": number} | ({"ts": [0.0, seconds]} if show == "tv" else {})
-                                      | ({} if hidden else {"descs": descriptions}))
+                about = {"vid_name": name, "duration": seconds}
+                if show == "tv":
+                    rows["tvqa"] += question_rows(about | {"show_name": rng.choice(["Castle", "House"])}, number, thing,
+                                                  said, CHOICE_ASKS[:3], 5, rng)
+                    told = moments(thing, said)[:2 if part == "train" else 4]
+                    rows["tvc"].append(moment_row(about | {"ts": [0.0, seconds]}, number, told))
+                elif show == "how2":
+                    rows["how2qa"] += question_rows(about, number, thing, said, [*CHOICE_ASKS[:2], CHOICE_ASKS[3]], 4, rng)
+                else:
+                    rows["yc2c"].append(moment_row(about, number, [step(thing, said)]))
             for task, lines in rows.items():
-                if lines:
-                    ending = "_public_release" if task == "how2qa" and hidden else "_release"
-                    ending = "" if task == "tvqa" and not hidden else ending
-                    write_lines(folder / "ann" / task / f"{task}_{part}{ending}.jsonl", lines)
+                split = {"train": TASKS[task].train, "val": TASKS[task].validation, "test": [*TASKS[task].submission][-1]}
+                hidden = ("answer_idx", "descs") if part == "test" else ()
+                write_lines(folder / "ann" / task / f"{task}_{split[part]}.jsonl",
+                            [{key: row[key] for key in row if key not in hidden} for row in lines])
         write_lines(folder / "ann" / f"{show}_subtitles.jsonl", subtitles)
+
+
+def question_rows(about: dict, number: int, thing: Scene, said: str, asks: list, count: int, rng) -> list[dict]:
+    rows = []
+    for i, ask in enumerate(asks):
+        question, choices, right = choose(thing, said, ask, count, rng)
+        rows.append(about | {"qid": 10 * number + i, "q": question, "ts": f"0.0-{about['duration']}", "answer_idx": right}
+                    | {f"a{k}": choice for k, choice in enumerate(choices)})
+    return rows
+
+
+def moment_row(about: dict, number: int, told: list[str]) -> dict:
+    return about | {"clip_id": number,
+                    "descs": [{"desc": text, "desc_id": 10 * number + i} for i, text in enumerate(told)]}
 
 
 def film(path: Path, thing: Scene, seconds: float, rng: random.Random):
     """The thing crosses the picture. Videos have two shapes and three rates."""
     (width, height), rate = rng.choice([(112, 112), (144, 112)]), rng.choice([4, 5, 8])
     path.parent.mkdir(parents=True, exist_ok=True)
-    radius, y, ground = SIZES[thing.size] / 2, rng.uniform(35, height - 35), tuple(rng.randint(120, 165) for _ in range(3))
+    radius, y = SIZES[thing.size] / 2, rng.uniform(35, height - 35)
+    ground = tuple(rng.randint(120, 165) for _ in range(3))
     begin, end = rng.sample([width / 2 - 24, width / 2 + 24], 2)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate)
@@ -525,33 +533,35 @@ def write_bpe(folder: Path, texts: list[str], merges: int = 400):
 # ---- all of it ----------------------------------------------------------------------------------------------------
 
 FOLDER = "miniature"
-PIECES = {  # what the tasks with pictures need, and those with videos
-    False: {"datasets/COCO": write_coco, "datasets/vqa": write_vqa, "datasets/GQA": write_gqa, "datasets/nlvr": write_nlvr,
-            "weights/RN-mini.pt": write_clip, "weights/bart-mini": write_bart},
-    True: {"datasets/video": write_videos, "weights/RN-mini.pt": write_clip,
-           "weights/bart-mini-video": lambda folder: write_bart(folder, video_text, 1500)}}
-FLAGS = {False: {"backbone": "bart-mini", "epochs": 5, "batch": 64, "faster": 3},
-         True: {"backbone": "bart-mini-video", "epochs": 12, "batch": 32, "faster": 6}}
+PICTURE_TASKS, VIDEO_TASKS = ([task for task, row in TASKS.items() if row.video == video] for video in (False, True))
+PIECES = {  # of the miniature world: who makes it, for which tasks
+    "datasets/COCO": (write_coco, ["vqa", "caption"]), "datasets/vqa": (write_vqa, ["vqa"]),
+    "datasets/GQA": (write_gqa, ["gqa"]), "datasets/nlvr": (write_nlvr, ["nlvr"]),
+    "datasets/video": (write_videos, VIDEO_TASKS), "weights/RN-mini.pt": (write_clip, list(TASKS)),
+    "weights/bart-mini": (write_bart, PICTURE_TASKS),
+    "weights/bart-mini-video": (partial(write_bart, write_text=video_text, steps=1500), VIDEO_TASKS)}
 
 
 def world(tasks: list[str], folder: str | Path = FOLDER) -> dict:
-    """Draws and trains what is not there yet, and returns the flags of train.py that suit the miniature world.
+    """Draws and trains what the tasks need and is not there yet; returns the flags of train.py that suit this world.
 
     Of those, `faster` is what the paper's learning rate is multiplied by: a smaller model takes larger steps. Each piece
     is made under another name and moved into place when it is whole, so a killed run leaves no half of one.
     """
-    folder, video = Path(folder), TASKS[tasks[0]].video
-    for name, write in PIECES[video].items():
-        if not (folder / name).exists():
+    folder = Path(folder)
+    for name, (write, needed) in PIECES.items():
+        if not (folder / name).exists() and set(needed) & set(tasks):
             unfinished = folder / f"{name}.unfinished"
             if unfinished.is_dir():
                 shutil.rmtree(unfinished)
             unfinished.parent.mkdir(parents=True, exist_ok=True)
             write(unfinished)
             unfinished.rename(folder / name)
-    return {"data": str(folder / "datasets"), "weights": str(folder / "weights"), "vision": "RN-mini"} | FLAGS[video]
+    suits = {"backbone": "bart-mini", "epochs": 8 if "nlvr" in tasks else 5, "batch": 64, "faster": 3}
+    if TASKS[tasks[0]].video:
+        suits = {"backbone": "bart-mini-video", "epochs": 10, "batch": 32, "faster": 6}
+    return {"data": str(folder / "datasets"), "weights": str(folder / "weights"), "vision": "RN-mini"} | suits
 
 
 if __name__ == "__main__":
-    for task in ("vqa", "tvqa"):
-        print(world([task]))
+    print(world(["vqa", "gqa", "nlvr", "caption"]), world(["tvqa"]))
