@@ -378,10 +378,7 @@ def build_model(flags: dict, feature_dim: int) -> tuple[Model, BPE, int]:
     added = [f"<{kind}_{i}>" for kind in ("extra_id", "vis_extra_id") for i in reversed(range(ADDED_WORDS // 2))]
     tokenizer = BPE(folder, added)
     torch.manual_seed(flags["seed"])                        # for the visual part, the added words and what is put in
-    model = load_backbone(folder, feature_dim)
-    if len(tokenizer) != model.config.vocab_size:
-        raise RunError(f"{folder}: {len(tokenizer):,} words in vocab.json and added, "
-                       f"but config.json makes {model.config.vocab_size:,} rows")
+    model = load_backbone(folder, feature_dim, len(tokenizer))
     try:
         filled = install(model, flags["method"], model.config.d_model, flags["tasks"], flags["share"],
                          flags["sites"], **flags["sizes"])

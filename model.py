@@ -1,12 +1,12 @@
-"""The joint vision-and-language model of VL-Adapter: CLIP sees, BART reads and answers.
+"""The joint vision-and-language model of VL-Adapter: CLIP sees, BART or T5 reads and answers.
 
     picture -> CLIPResNet -> 7x7 grid -> pool -> 36 visual tokens --+
                                                                      +-> encoder -> decoder -> answer
-    question -> word embeddings + positions -------------------------+
+    question -> word embeddings -------------------------------------+
 
 From top to bottom: sizes, sight, language, both, speaking, weights.
-The contract with adapters.py is three attribute names: `adapter` is an empty place on the output of a sub-layer,
-`prompt` one where word embeddings enter a stack, `visual` the new part that every method trains.
+The contract with adapters.py is four attribute names: `adapter` is an empty place on the output of a sub-layer,
+`prompt` one where words enter a stack, `visual` the new part that every method trains, `logits_bias` the head's zeros.
 
 Paper: https://arxiv.org/abs/2112.06825. This file needs torch and nothing else; copy it as it is.
 """
@@ -14,7 +14,9 @@ Paper: https://arxiv.org/abs/2112.06825. This file needs torch and nothing else;
 import json
 import pickle
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,16 +33,16 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """What the encoder-decoder is made of and how it wants to speak; `bart` reads it from a config.json."""
+    """What the encoder-decoder is made of and how it wants to speak; `bart` and `t5` read it from a config.json."""
     vocab_size: int                  # rows of the word table, added ones included
     d_model: int
     heads: int
     d_ff: int
     encoder_layers: int
     decoder_layers: int
-    max_positions: int               # longest text, in tokens
+    max_positions: int | None        # longest text, in tokens; None: any, with relative positions
     feature_dim: int                 # channels of a visual feature
-    dropout: float                   # one number for all four places, as in the original
+    dropout: float                   # one number for all places, as in the original
     start: int                       # first token of the decoder
     pad: int
     end: int
@@ -49,28 +51,61 @@ class Config:
     no_repeat_ngram: int = 0         # generation: no n-gram of this length occurs twice; 0 is off
     early_stopping: bool = False     # beam search: stop as soon as `beams` hypotheses are closed
     length_penalty: float = 1.0      # beam search: a hypothesis scores sum of log-probabilities / length ** penalty
+    loaded_words: int | None = None  # rows of the word table that a checkpoint brings, the first ones; None: all
+    # What makes a family; the defaults are BART's.
+    prenorm: bool = False            # norms stand before the sub-layers and at the end, not behind sums and embeddings
+    norm: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-5)
+    bias: bool = True                # of the Linears of the language part
+    head_dim: int | None = None      # None: d_model / heads
+    score_scale: float | None = None                 # of q k before the softmax; None: head_dim ** -0.5
+    activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu
+    head_scale: float = 1.0          # of the last hidden state before it meets the word table
+    embedding_std: float = 0.02      # of the rows that no checkpoint brings
+    buckets: int | None = None       # rows of RelativePositions; None: LearnedPositions
+    max_distance: int | None = None  # from which on all positions share a bucket
 
 
-def bart(json_config: dict, feature_dim: int) -> Config:
-    """BART's sizes and wishes from its config.json (Lewis et al. 2020)."""
-    get = json_config.get
-    if get("activation_function", "gelu") != "gelu" or get("scale_embedding"):
-        raise WeightsError("only BART with gelu and unscaled embeddings is built here (bart-base, bart-large)")
-    for name in ("vocab_size", "d_model", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layers",
-                 "decoder_layers", "max_position_embeddings"):
-        if not isinstance(get(name), int) or get(name) < 1:
-            raise WeightsError(f"{name} is {get(name)!r}, expected a number from 1 on")
-    if get("d_model") % get("encoder_attention_heads"):
-        raise WeightsError("d_model is no multiple of encoder_attention_heads")
+def from_json(said: dict, sizes: dict[str, str], words: int, **others) -> Config:
+    """What both families say alike in a config.json. `sizes` are our names of its numbers and theirs."""
+    for name in sizes.values():
+        if not isinstance(said.get(name), int) or said[name] < 1:
+            raise WeightsError(f"{name} is {said.get(name)!r}, expected a number from 1 on")
+    if not said["vocab_size"] <= words <= said["vocab_size"] + ADDED_WORDS:
+        raise WeightsError(f"vocab_size is {said['vocab_size']:,}, the tokenizer with its added words has {words:,}")
+    if "head_dim" not in sizes and said["d_model"] % said[sizes["heads"]]:
+        raise WeightsError(f"d_model is no multiple of {sizes['heads']}")
     return Config(
-        vocab_size=json_config["vocab_size"] + ADDED_WORDS, d_model=json_config["d_model"],
-        heads=json_config["encoder_attention_heads"], d_ff=json_config["encoder_ffn_dim"],
-        encoder_layers=json_config["encoder_layers"], decoder_layers=json_config["decoder_layers"],
-        max_positions=json_config["max_position_embeddings"], feature_dim=feature_dim, dropout=get("dropout", 0.1),
-        start=get("decoder_start_token_id", 2), pad=get("pad_token_id", 1), end=get("eos_token_id", 2),
-        forced_first=get("forced_bos_token_id"), forced_last=get("forced_eos_token_id", 2),
-        no_repeat_ngram=get("no_repeat_ngram_size") or 0, early_stopping=get("early_stopping") is True,
-        length_penalty=1.0 if get("length_penalty") is None else get("length_penalty"))
+        words, **{ours: said[theirs] for ours, theirs in sizes.items()}, **others,
+        start=said["decoder_start_token_id"], pad=said["pad_token_id"], end=said["eos_token_id"],
+        forced_first=said.get("forced_bos_token_id"), forced_last=said["forced_eos_token_id"],
+        no_repeat_ngram=said.get("no_repeat_ngram_size") or 0, early_stopping=said.get("early_stopping") is True,
+        length_penalty=1.0 if said.get("length_penalty") is None else said["length_penalty"])
+
+
+def bart(json_config: dict, feature_dim: int, words: int) -> Config:
+    """BART's sizes and wishes from its config.json (Lewis et al. 2020), with `words` rows in the word table."""
+    said = dict(decoder_start_token_id=2, pad_token_id=1, eos_token_id=2, forced_eos_token_id=2) | json_config
+    if said.get("activation_function", "gelu") != "gelu" or said.get("scale_embedding"):
+        raise WeightsError("only BART with gelu and unscaled embeddings is built here (bart-base, bart-large)")
+    sizes = dict(loaded_words="vocab_size", d_model="d_model", heads="encoder_attention_heads", d_ff="encoder_ffn_dim",
+                 encoder_layers="encoder_layers", decoder_layers="decoder_layers",
+                 max_positions="max_position_embeddings")
+    return from_json(said, sizes, words, feature_dim=feature_dim, dropout=said.get("dropout", 0.1))
+
+
+def t5(json_config: dict, feature_dim: int, words: int) -> Config:
+    """T5's sizes and wishes from its config.json (Raffel et al. 2020), with `words` rows in the word table."""
+    said = dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, forced_eos_token_id=None, dropout_rate=0.1,
+                num_decoder_layers=json_config.get("num_layers"), relative_attention_max_distance=128) | json_config
+    if said.get("feed_forward_proj", "relu") != "relu" or said.get("tie_word_embeddings") is False:
+        raise WeightsError("only T5 with relu and one word table is built here (t5-base, t5-large; not T5 1.1 or Flan)")
+    sizes = dict(loaded_words="vocab_size", d_model="d_model", heads="num_heads", head_dim="d_kv", d_ff="d_ff",
+                 encoder_layers="num_layers", decoder_layers="num_decoder_layers",
+                 buckets="relative_attention_num_buckets", max_distance="relative_attention_max_distance")
+    return replace(
+        from_json(said, sizes, words, max_positions=None, feature_dim=feature_dim, dropout=said["dropout_rate"]),
+        prenorm=True, norm=partial(nn.RMSNorm, eps=said.get("layer_norm_epsilon", 1e-6)), bias=False, score_scale=1.0,
+        activation=F.relu, head_scale=said["d_model"] ** -0.5, embedding_std=1.0)
 
 
 # ---- sight --------------------------------------------------------------------------------------------------------
@@ -185,21 +220,21 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
-        d_model = config.d_model
-        self.q, self.k = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
-        self.v, self.out = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.heads, self.dropout, self.scale = config.heads, config.dropout, config.score_scale
+        d_model, width = config.d_model, config.heads * (config.head_dim or config.d_model // config.heads)
+        self.q, self.k = nn.Linear(d_model, width, config.bias), nn.Linear(d_model, width, config.bias)
+        self.v, self.out = nn.Linear(d_model, width, config.bias), nn.Linear(width, d_model, config.bias)
 
     def keys_values(self, memory):
         """Keys and values of `memory` [batch, S, d_model], each [batch, heads, S, head_dim]."""
         return [proj(memory).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.k, self.v)]
 
     def forward(self, x, memory, mask, cache=None):
-        """x [batch, T, d_model]; mask, True where to look, [batch or 1, 1, T or 1, S]; cache, see `Cache`."""
+        """x [batch, T, d_model]; mask [batch or 1, heads or 1, T or 1, S], boolean or added; cache, see `Cache`."""
         k, v = self.keys_values(memory) if cache is None else cache(self, memory)
         # In beam search x has `beams` rows a picture, memory one: the beams are so many queries on the same keys.
         q = self.q(x).view(len(k), -1, self.heads, k.size(-1)).transpose(1, 2)              # [batch, heads, T, head_dim]
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
+        out = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, scale=self.scale)
         return self.out(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
 
 
@@ -213,24 +248,27 @@ class SelfAttention(Attention):
 class FeedForward(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.up, self.down = nn.Linear(config.d_model, config.d_ff), nn.Linear(config.d_ff, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.up = nn.Linear(config.d_model, config.d_ff, config.bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, config.bias)
+        self.activation, self.dropout = config.activation, nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.down(self.dropout(F.gelu(self.up(x))))
+        return self.down(self.dropout(self.activation(self.up(x))))
 
 
 class Sublayer(nn.Module):
-    """One residual step around `inner`: LN(x + dropout(adapter(inner(x)))). The paper's adapters sit in `adapter`."""
+    """One residual step around `inner`. The paper's adapters sit in `adapter`, and are shown x, un-normed."""
 
     def __init__(self, config: Config, inner: nn.Module):
         super().__init__()
         self.inner = inner
         self.adapter = Place()
         self.dropout = nn.Dropout(config.dropout)
-        self.norm = nn.LayerNorm(config.d_model, 1e-5)
+        self.norm, self.prenorm = config.norm(config.d_model), config.prenorm
 
     def forward(self, x, *context):                                                         # [batch, length, d_model]
+        if self.prenorm:
+            return x + self.dropout(self.adapter(self.inner(self.norm(x), *context), x))
         return self.norm(x + self.dropout(self.adapter(self.inner(x, *context), x)))
 
 
@@ -250,27 +288,66 @@ class Layer(nn.Module):
         return self.ffn(x)
 
 
+class LearnedPositions(nn.Embedding):
+    """Rows of a table, added to the words (BART). Rows 0 and 1 are unused."""
+
+    def __init__(self, config: Config, causal: bool):
+        super().__init__(config.max_positions + 2, config.d_model)
+
+    def embed(self, words, at):
+        return words + self(at + 2)
+
+    def bias(self, mask, queries, keys):
+        return mask
+
+
+class RelativePositions(nn.Embedding):
+    """Numbers by head and distance, added to the scores of self-attention (T5, section 2.1).
+
+    Short distances have a bucket each, others share ever wider ones. An encoder has a second set, for the keys ahead.
+    """
+
+    def __init__(self, config: Config, causal: bool):
+        super().__init__(config.buckets, config.heads)
+        self.ahead = 0 if causal else config.buckets // 2                                   # first bucket of keys ahead
+        count, exact = config.buckets - self.ahead, (config.buckets - self.ahead) // 2
+        wide = lambda i: exact * (config.max_distance / exact) ** ((i - exact) / (count - exact))
+        least = [i if i < exact else int(wide(i) + 1 - 1e-6) for i in range(1, count)]      # where bucket i begins
+        self.register_buffer("least", torch.tensor(least), persistent=False)
+
+    def embed(self, words, at):
+        return words
+
+    def bias(self, mask, queries, keys):
+        """mask, True where to look, to numbers [batch or 1, heads, T, S]: -inf where not, 0 with a visual token."""
+        distance = keys - queries[:, None]                                                  # [text queries, text keys]
+        bucket = torch.bucketize(distance.abs(), self.least, right=True) + self.ahead * (distance > 0)
+        visual = mask.size(-1) - len(keys)                                                  # these follow the text
+        return torch.where(mask, F.pad(self(bucket).permute(2, 0, 1), (0, visual, 0, visual)), -torch.inf)
+
+
 class Stack(nn.Module):
-    """The encoder or the decoder."""
+    """The encoder or, with cross-attention, the decoder."""
 
     def __init__(self, config: Config, layers: int, cross: bool):
         super().__init__()
-        self.positions = nn.Embedding(config.max_positions + 2, config.d_model)             # rows 0 and 1 are unused
+        self.positions = (LearnedPositions if config.buckets is None else RelativePositions)(config, causal=cross)
         self.prompt = nn.Identity()
-        self.embed_norm = nn.LayerNorm(config.d_model, 1e-5)
+        norms = nn.Identity(), config.norm(config.d_model)
+        self.embed_norm, self.final_norm = norms if config.prenorm else norms[::-1]
         self.dropout = nn.Dropout(config.dropout)
+        self.final_dropout = nn.Dropout(config.dropout if config.prenorm else 0.0)
         self.layers = nn.ModuleList(Layer(config, cross) for _ in range(layers))
 
-    def embed(self, words, step):
-        """Word embeddings [batch, T, d_model] with their positions (from `step` on) and the prompt before them."""
-        at = torch.arange(words.size(1), device=words.device) + step + 2
-        return self.embed_norm(self.prompt(words + self.positions(at)))                     # [batch, prompt + T, d_model]
+    def embed(self, words, at):
+        """Word embeddings [batch, T, d_model] at the positions [T], with the prompt before them."""
+        return self.embed_norm(self.prompt(self.positions.embed(words, at)))                # [batch, prompt + T, d_model]
 
     def forward(self, x, mask, memory=None, memory_mask=None, cache=None):
         x = self.dropout(x)
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, memory, memory_mask, cache.layers[i] if cache else (None, None))
-        return x
+        return self.final_dropout(self.final_norm(x))
 
 
 # ---- both ---------------------------------------------------------------------------------------------------------
@@ -279,30 +356,31 @@ class Stack(nn.Module):
 class VisualTokens(nn.Module):
     """Visual features to tokens of the encoder (section 3.1 of the paper; VL-T5's visual embedding).
 
-    LN(W f + b) + LN(W' box + b') + picture number + a row of the word table for the place in the grid. There are no
-    boxes in a grid: the original feeds zeros, so the second term is one learned vector.
-    Weights: (feature_dim + 5 + 2 + 2 + 4) d_model, 1,582,848 for RN101 and BART-base.
+    N(W f + b) + N(W' box + b') + picture number + a row of the word table for the place in the grid, with the norm N of
+    the language part. There are no boxes in a grid: the original feeds zeros, so the second term is one learned vector.
+    Weights: (feature_dim + 5 + 2 + 2 + 4) d_model, 1,582,848 for RN101 and BART-base; T5's norms have 2 d_model fewer.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.feature = nn.Linear(config.feature_dim, config.d_model)
-        self.feature_norm = nn.LayerNorm(config.d_model, 1e-5)
+        self.feature_norm = config.norm(config.d_model)
         self.box = nn.Linear(5, config.d_model)
-        self.box_norm = nn.LayerNorm(config.d_model, 1e-5)
+        self.box_norm = config.norm(config.d_model)
         self.picture = nn.Embedding(2, config.d_model)
 
     def forward(self, features, word_table):
         """features [batch, pictures, tokens, feature_dim] to [batch, pictures x tokens, d_model]."""
         pictures, tokens = features.shape[1:3]
-        box = self.box_norm(self.box(features.new_zeros(5)))                                # [d_model]
+        # In the precision of the words: autocast sees to it for LayerNorm, but not for RMSNorm.
+        feature, box = (x.to(word_table.dtype) for x in (self.feature(features), self.box(features.new_zeros(5))))
         place = word_table[-tokens:].flip(0)                      # token o has the row vocab - 1 - o  [tokens, d_model]
         number = self.picture.weight[:pictures, None]                                       # [pictures, 1, d_model]
-        return (self.feature_norm(self.feature(features)) + box + number + place).flatten(1, 2)
+        return (self.feature_norm(feature) + self.box_norm(box) + number + place).flatten(1, 2)
 
 
 class Model(nn.Module):
-    """The encoder-decoder over words and visual tokens: VL-BART. One word table serves input, output and grid places."""
+    """The encoder-decoder over words and visual tokens. One word table serves input, output and grid places."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -312,29 +390,28 @@ class Model(nn.Module):
         self.encoder = Stack(config, config.encoder_layers, cross=False)
         self.decoder = Stack(config, config.decoder_layers, cross=True)
         self.register_buffer("logits_bias", torch.zeros(config.vocab_size))
-        self.apply(start)
+        self.apply(partial(start, embedding_std=config.embedding_std))
 
     def encode(self, ids, features):
         """Question ids [batch, T], padded right, and features [batch, pictures, tokens, feature_dim].
 
         Returns memory [batch, S, d_model] of [prompt; text; visual] and its mask [batch, 1, 1, S], True where to look.
         """
-        text = self.encoder.embed(self.words(ids), 0)                                       # [batch, prompt + T, d_model]
+        text = self.encoder.embed(self.words(ids), torch.arange(ids.size(1), device=ids.device))
         visual = self.visual(features, self.words.weight)                                   # [batch, V, d_model]
         prompt = text.size(1) - ids.size(1)
         mask = F.pad(ids != self.config.pad, (prompt, visual.size(1)), value=True)[:, None, None]
-        return self.encoder(torch.cat([text, visual], 1), mask), mask
+        at = torch.arange(text.size(1), device=ids.device)                                  # the prompt counts as text
+        return self.encoder(torch.cat([text, visual], 1), self.encoder.positions.bias(mask, at, at)), mask
 
     def decode(self, ids, memory, memory_mask, cache=None):
         """Answer ids so far [rows, T] to logits [rows, T, vocab]. With a cache, ids are the words at `cache.step`."""
-        T = ids.size(1)
-        if cache is None:
-            mask = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()[None, None]
-        else:
-            mask = (torch.arange(cache.max_length, device=ids.device) <= cache.step)[None, None, None]
-        x = self.decoder.embed(self.words(ids), 0 if cache is None else cache.step)
-        x = self.decoder(x, mask, memory, memory_mask, cache)
-        return F.linear(x, self.words.weight, self.logits_bias.to(x.dtype))
+        keys = torch.arange(ids.size(1) if cache is None else cache.max_length, device=ids.device)
+        queries = keys if cache is None else cache.step
+        mask = (keys <= queries[:, None])[None, None]                                       # [1, 1, T, keys]
+        x = self.decoder.embed(self.words(ids), queries)
+        x = self.decoder(x, self.decoder.positions.bias(mask, queries, keys), memory, memory_mask, cache)
+        return F.linear(x * self.config.head_scale, self.words.weight, self.logits_bias.to(x.dtype))
 
     def forward(self, ids, features, labels):
         """Logits [batch, L, vocab] for labels [batch, L], which are -100 behind their end."""
@@ -354,10 +431,10 @@ class Model(nn.Module):
         return (weights * tokens.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
 
 
-def start(module: nn.Module):
-    """Starting values of what no weight file brings: N(0, 0.02), zero biases (as BART's own initialisation)."""
+def start(module: nn.Module, embedding_std: float):
+    """Starting values of what no weight file brings: N(0, 0.02) or N(0, embedding_std), zero biases (as BART's own)."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=embedding_std if isinstance(module, nn.Embedding) else 0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
@@ -496,32 +573,45 @@ def beam_search(config: Config, next_logits, ids, beams: int, max_length: int, r
 
 # ---- weights ------------------------------------------------------------------------------------------------------
 
-# Ours -> theirs. {stack} is encoder or decoder, {i} a layer, * weight or bias. A tuple names copies of one tensor.
+# Ours -> theirs. {stack} is encoder or decoder, {i} a layer, {ffn} its last sub-layer's number, {x} q, k or v, * weight
+# or bias. A tuple names copies of one tensor.
 BART = {
     "words.weight":                           ("model.shared.weight", "model.encoder.embed_tokens.weight",
                                                "model.decoder.embed_tokens.weight", "lm_head.weight"),
     "logits_bias":                            "final_logits_bias",
     "{stack}.positions.weight":               "model.{stack}.embed_positions.weight",
     "{stack}.embed_norm.*":                   "model.{stack}.layernorm_embedding.*",
-    "{stack}.layers.{i}.self_attn.inner.q.*": "model.{stack}.layers.{i}.self_attn.q_proj.*",
-    "{stack}.layers.{i}.self_attn.inner.k.*": "model.{stack}.layers.{i}.self_attn.k_proj.*",
-    "{stack}.layers.{i}.self_attn.inner.v.*": "model.{stack}.layers.{i}.self_attn.v_proj.*",
+    "{stack}.layers.{i}.self_attn.inner.{x}.*": "model.{stack}.layers.{i}.self_attn.{x}_proj.*",
     "{stack}.layers.{i}.self_attn.inner.out.*": "model.{stack}.layers.{i}.self_attn.out_proj.*",
     "{stack}.layers.{i}.self_attn.norm.*":    "model.{stack}.layers.{i}.self_attn_layer_norm.*",
-    "decoder.layers.{i}.cross_attn.inner.q.*": "model.decoder.layers.{i}.encoder_attn.q_proj.*",
-    "decoder.layers.{i}.cross_attn.inner.k.*": "model.decoder.layers.{i}.encoder_attn.k_proj.*",
-    "decoder.layers.{i}.cross_attn.inner.v.*": "model.decoder.layers.{i}.encoder_attn.v_proj.*",
+    "decoder.layers.{i}.cross_attn.inner.{x}.*": "model.decoder.layers.{i}.encoder_attn.{x}_proj.*",
     "decoder.layers.{i}.cross_attn.inner.out.*": "model.decoder.layers.{i}.encoder_attn.out_proj.*",
     "decoder.layers.{i}.cross_attn.norm.*":   "model.decoder.layers.{i}.encoder_attn_layer_norm.*",
     "{stack}.layers.{i}.ffn.inner.up.*":      "model.{stack}.layers.{i}.fc1.*",
     "{stack}.layers.{i}.ffn.inner.down.*":    "model.{stack}.layers.{i}.fc2.*",
     "{stack}.layers.{i}.ffn.norm.*":          "model.{stack}.layers.{i}.final_layer_norm.*",
 }
-FAMILIES = {"bart": (bart, BART)}            # model_type of config.json -> preset, weight names
+T5 = {
+    "words.weight": ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+    "logits_bias":                            "lm_head.bias",        # not in Google's files
+    "{stack}.positions.weight":               "{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "{stack}.layers.{i}.self_attn.inner.{x}.weight": "{stack}.block.{i}.layer.0.SelfAttention.{x}.weight",
+    "{stack}.layers.{i}.self_attn.inner.out.weight": "{stack}.block.{i}.layer.0.SelfAttention.o.weight",
+    "{stack}.layers.{i}.self_attn.norm.weight": "{stack}.block.{i}.layer.0.layer_norm.weight",
+    "decoder.layers.{i}.cross_attn.inner.{x}.weight": "decoder.block.{i}.layer.1.EncDecAttention.{x}.weight",
+    "decoder.layers.{i}.cross_attn.inner.out.weight": "decoder.block.{i}.layer.1.EncDecAttention.o.weight",
+    "decoder.layers.{i}.cross_attn.norm.weight": "decoder.block.{i}.layer.1.layer_norm.weight",
+    "{stack}.layers.{i}.ffn.inner.up.weight": "{stack}.block.{i}.layer.{ffn}.DenseReluDense.wi.weight",
+    "{stack}.layers.{i}.ffn.inner.down.weight": "{stack}.block.{i}.layer.{ffn}.DenseReluDense.wo.weight",
+    "{stack}.layers.{i}.ffn.norm.weight":     "{stack}.block.{i}.layer.{ffn}.layer_norm.weight",
+    "{stack}.final_norm.weight":              "{stack}.final_layer_norm.weight",
+}
+FAMILIES = {"bart": (bart, BART), "t5": (t5, T5)}        # model_type of config.json -> preset, weight names
+LEFT_OVER = ".version", "EncDecAttention.relative_attention_bias.weight"    # in old files of BART and T5, of no use
 
 
-def load_backbone(folder: str | Path, feature_dim: int) -> Model:
-    """The model with the pre-trained weights of a folder as Hugging Face lays it out; visual part and added words new.
+def load_backbone(folder: str | Path, feature_dim: int, words: int) -> Model:
+    """The model, with `words` words, from a folder as Hugging Face lays it out; visual part and added words are new.
 
     Reads config.json, generation_config.json if there, and model.safetensors or pytorch_model.bin. Raises WeightsError.
     """
@@ -534,7 +624,7 @@ def load_backbone(folder: str | Path, feature_dim: int) -> Model:
                            f"expected one of {', '.join(FAMILIES)}")
     preset, table = FAMILIES[asked["model_type"]]
     try:
-        model = Model(preset(asked, feature_dim))
+        model = Model(preset(asked, feature_dim, words))
     except WeightsError as problem:
         raise WeightsError(f"{folder / 'config.json'}: {problem}") from None
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -549,15 +639,15 @@ def load(model: Model, weights: dict, table: dict, source="the weights"):
 
     Only the word table and its bias have fewer rows than ours, which has added words. Changes `weights`.
     """
-    if not any(name.startswith("model.") for name in weights):          # saved without its head, as bart-base was
-        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+    if table is BART and not any(name.startswith("model.") for name in weights):
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}             # saved without its head
     expected = expand(table, model.config)
     ours = {name: x for name, x in model.state_dict().items() if not name.startswith("visual.")}
     assert set(ours) == set(expected), set(ours) ^ set(expected)
     problems = []
     for name, theirs in expected.items():
         copies = [weights.pop(alias) for alias in theirs if alias in weights]
-        target = ours[name][:-ADDED_WORDS] if name in ("words.weight", "logits_bias") else ours[name]
+        target = ours[name][:model.config.loaded_words if name in ("words.weight", "logits_bias") else None]
         if not copies and name != "logits_bias":                        # a checkpoint without a head has no bias: zeros
             problems.append(f"no {theirs[0]}")
         for tensor in copies:
@@ -568,7 +658,7 @@ def load(model: Model, weights: dict, table: dict, source="the weights"):
                 problems.append(f"{' and '.join(theirs)} are not the same table")
             else:
                 target.copy_(tensor)
-    problems += [f"unknown {name}" for name in weights if not name.endswith(".version")]
+    problems += [f"unknown {name}" for name in weights if not name.endswith(LEFT_OVER)]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise WeightsError(f"{source} does not fit its config.json: {'; '.join(problems[:4])}{more}")
@@ -576,14 +666,12 @@ def load(model: Model, weights: dict, table: dict, source="the weights"):
 
 def expand(table: dict, config: Config) -> dict[str, tuple[str, ...]]:
     """The table with its gaps filled: our name -> their names."""
-    full = {}
-    for ours, theirs in table.items():
-        for stack, layers in ("encoder", config.encoder_layers), ("decoder", config.decoder_layers):
-            for i in range(layers):
-                for kind in ("weight", "bias"):
-                    fill = lambda name: name.format(stack=stack, i=i).replace("*", kind)
-                    full[fill(ours)] = tuple(map(fill, (theirs,) if isinstance(theirs, str) else theirs))
-    return full
+    stacks = ("encoder", config.encoder_layers, 1), ("decoder", config.decoder_layers, 2)
+    gaps = [dict(stack=stack, i=i, ffn=ffn, x=x, kind=kind) for stack, layers, ffn in stacks for i in range(layers)
+            for x in "qkv" for kind in ("weight", "bias")]
+    fill = lambda name, gap: name.replace("*", "{kind}").format(**gap)
+    return {fill(ours, gap): tuple(fill(name, gap) for name in ([theirs] if isinstance(theirs, str) else theirs))
+            for ours, theirs in table.items() for gap in gaps}
 
 
 def load_clip(path: str | Path) -> CLIPResNet:

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import TASKS, choose_from, normalise
-from model import BART, CLIPResNet, Model, bart, expand
+from model import ADDED_WORDS, BART, CLIPResNet, Model, bart, expand
 from tokenizer import BPE, byte_symbols, word_pattern
 
 SEED = 20220618                                         # the day CVPR 2022 began
@@ -470,7 +470,7 @@ def write_bart(folder: Path, write_text: Callable = picture_text, steps: int = 8
     write_json(folder / "config.json", config)
 
     torch.manual_seed(SEED)
-    model = Model(bart(config, feature_dim=1))
+    model = Model(bart(config, feature_dim=1, words=len(tokenizer) + ADDED_WORDS))
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:                         # 0.02 suits a width of 768; with 128 attention starts from more
             nn.init.normal_(parameter, std=128 ** -0.5)

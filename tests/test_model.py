@@ -1,4 +1,4 @@
-"""Our model is transformers' BART where there are no pictures; its search, its pictures and its weight files."""
+"""Our model is transformers' BART or T5 where there are no pictures; its search, its pictures and its weight files."""
 
 import dataclasses
 import itertools
@@ -12,15 +12,17 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from model import CLIPResNet, Config, Model, WeightsError, generate, load_backbone, load_clip, read_weights
+from model import CLIPResNet, Config, Model, WeightsError, generate, load_backbone, load_clip, read_weights, t5
 
 VOCAB, PAD, END = 60, 1, 2
 SIZES = dict(vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
              encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, init_std=0.5)
 TINY = Config(vocab_size=VOCAB, d_model=32, heads=4, d_ff=64, encoder_layers=2, decoder_layers=2, max_positions=64,
               feature_dim=8, dropout=0.0, start=END, pad=PAD, end=END)
+TINY_T5 = t5(dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, relative_attention_num_buckets=32,
+                  dropout_rate=0.0), feature_dim=8, words=VOCAB)
 
 
 def their_bart(**sizes) -> BartForConditionalGeneration:
@@ -45,27 +47,27 @@ def save(theirs, folder, safe=True):
 
 
 def our_bart(folder) -> Model:
-    ours = load_backbone(folder, feature_dim=8).eval()
+    ours = load_backbone(folder, feature_dim=8, words=VOCAB + 200).eval()
     ours.logits_bias[VOCAB:] = -1e9                                 # the added words are ours alone: never say them
     return ours
 
 
-def questions(batch=50, longest=9):
+def questions(batch=50, longest=9, pad=PAD):
     """Random ids [batch, longest], padded right to their own lengths."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCAB, (batch, longest), generator=generator)
     lengths = torch.randint(1, longest + 1, (batch, 1), generator=generator)
-    return ids.masked_fill(torch.arange(longest) >= lengths, PAD)
+    return ids.masked_fill(torch.arange(longest) >= lengths, pad)
 
 
 def no_pictures(batch=50):
     return torch.zeros(batch, 0, 1, 8)
 
 
-def our_model(seed=0, **changes) -> Model:
+def our_model(seed=0, base=TINY, **changes) -> Model:
     """A model with random weights, large enough that everything matters."""
     torch.manual_seed(seed)
-    model = Model(dataclasses.replace(TINY, **changes)).eval()
+    model = Model(dataclasses.replace(base, **changes)).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.5)
@@ -96,7 +98,7 @@ def test_the_logits_are_those_of_transformers(tmp_path, safe):
 
 def test_added_words_are_new_rows_behind_the_vocabulary(tmp_path):
     theirs = their_bart()
-    ours = load_backbone(save(theirs, tmp_path), feature_dim=8)
+    ours = load_backbone(save(theirs, tmp_path), feature_dim=8, words=VOCAB + 200)
     assert ours.words.weight.shape == (VOCAB + 200, 32)
     assert torch.equal(ours.words.weight[:VOCAB], theirs.model.shared.weight)
     assert 0.015 < ours.words.weight[VOCAB:].std() < 0.025 and not ours.logits_bias[VOCAB:].any()
@@ -132,6 +134,106 @@ def test_wishes_of_the_backbone_are_honoured(tmp_path, wish, file):
     assert generate(our_bart(tmp_path), ids, no_pictures(), 5, max_length=20).tolist() == said.tolist()
 
 
+# ---- transformers' T5 ---------------------------------------------------------------------------------------------
+
+T5_SIZES = dict(vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4)            # 4 x 16 > 32
+T5_PAD, T5_END = 0, 1
+
+
+def their_t5(std=0.2, **sizes) -> T5ForConditionalGeneration:
+    """Random weights: 0.5 for varied answers, less for logits, because unscaled scores let rounding grow."""
+    torch.manual_seed(1)
+    theirs = T5ForConditionalGeneration(T5Config(**T5_SIZES | dict(decoder_start_token_id=T5_PAD) | sizes)).eval()
+    for name, parameter in theirs.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=1.0 if "shared" in name or "relative" in name else std)
+    shake(theirs)
+    return theirs
+
+
+def our_t5(folder) -> Model:
+    ours = load_backbone(folder, feature_dim=8, words=VOCAB + 72).eval()
+    ours.logits_bias[VOCAB:] = -1e9
+    return ours
+
+
+OLD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"      # in Google's .bin files, without a use
+
+
+@pytest.mark.parametrize("longest", [9, 200], ids=["short", "beyond the last bucket"])
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_the_logits_are_those_of_transformers_t5(tmp_path, safe, longest):
+    theirs = their_t5(num_decoder_layers=3)
+    save(theirs, tmp_path, safe)
+    if not safe:
+        torch.save(theirs.state_dict() | {OLD: torch.randn(32, 4)}, tmp_path / "pytorch_model.bin")
+    ids, labels = questions(10, longest, T5_PAD), questions(10, 5, T5_PAD)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=(ids != T5_PAD).long(), labels=labels).logits
+        assert distance(our_t5(tmp_path)(ids, no_pictures(10), labels)[..., :VOCAB], expected) < 1e-5
+
+
+@pytest.mark.parametrize("ngram", [0, 3])
+@pytest.mark.parametrize("beams", [1, 5])
+def test_the_words_are_those_of_transformers_t5(tmp_path, beams, ngram):
+    """In beam search the end is forced: later versions of transformers score a hypothesis that is cut off differently."""
+    theirs, ids, end = their_t5(std=0.5), questions(pad=T5_PAD), T5_END if beams > 1 else None
+    ours = our_t5(save(theirs, tmp_path))
+    ours.config = dataclasses.replace(ours.config, no_repeat_ngram=ngram, early_stopping=True, forced_last=end)
+    said = theirs.generate(ids, attention_mask=(ids != T5_PAD).long(), num_beams=beams, no_repeat_ngram_size=ngram, max_length=20,
+                           early_stopping=beams > 1, do_sample=False, forced_eos_token_id=end)
+    ended = (said == T5_END).cumsum(1) - (said == T5_END).long() > 0
+    said = said.masked_fill(ended, T5_PAD)                          # their beam search pads with the end where the pad is 0
+    assert len(said.unique(dim=0)) > 20 and len((said != T5_PAD).sum(1).unique()) > 3 and said[:, -1].any()         # a varied exam
+    assert generate(ours, ids, no_pictures(), beams, max_length=20).tolist() == said.tolist()
+
+
+def test_more_words_than_the_vocabulary_are_new_rows_behind_it(tmp_path):
+    theirs = their_t5()
+    ours = load_backbone(save(theirs, tmp_path), feature_dim=8, words=VOCAB + 72)
+    assert torch.equal(ours.words.weight[:VOCAB], theirs.shared.weight) and ours.words.weight.shape == (VOCAB + 72, 32)
+    assert 0.9 < ours.words.weight[VOCAB:].std() < 1.1 and not ours.logits_bias.any()
+    assert 0.015 < ours.visual.feature.weight.std() < 0.025 and not ours.visual.feature.bias.any()
+
+
+@pytest.mark.parametrize("words", [VOCAB - 1, VOCAB + 201])
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, words):
+    save(their_t5(), tmp_path)
+    with pytest.raises(WeightsError, match=f"config.json: vocab_size is 60, the tokenizer with its added words has {words}$"):
+        load_backbone(tmp_path, feature_dim=8, words=words)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(feed_forward_proj="gated-gelu"), "only T5 with relu"), (dict(tie_word_embeddings=False), "only T5 with relu"),
+    (dict(d_kv=None), "d_kv is None, expected a number from 1 on"), (dict(num_layers=0), "num_layers is 0, expected"),
+    (dict(relative_attention_num_buckets="32"), "relative_attention_num_buckets is '32'")], ids=str)
+def test_a_t5_that_is_not_built_here_is_refused(tmp_path, changes, message):
+    save(their_t5(), tmp_path)
+    asked = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(asked | changes))
+    said = refused(tmp_path)
+    assert message in said and str(tmp_path / "config.json") in said
+
+
+def test_an_old_config_of_t5_says_less(tmp_path):
+    theirs = their_t5()
+    save(theirs, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(
+        {name: size for name, size in T5_SIZES.items() if name != "num_decoder_layers"} | dict(
+            model_type="t5", relative_attention_num_buckets=32, task_specific_params=dict(summarization=dict(num_beams=4)))))
+    config = our_t5(tmp_path).config
+    assert (config.decoder_layers, config.max_distance, config.start, config.pad, config.end, config.forced_last) == (2, 128, 0, 0, 1, None)
+
+
+@pytest.mark.parametrize("name", ["encoder.final_layer_norm.weight", "decoder.block.1.layer.1.EncDecAttention.v.weight",
+                                  "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"])
+def test_a_missing_weight_of_t5_is_named(tmp_path, name):
+    theirs = their_t5()
+    save(theirs, tmp_path, safe=False)
+    torch.save({key: x for key, x in theirs.state_dict().items() if key != name}, tmp_path / "pytorch_model.bin")
+    assert refused(tmp_path).endswith(f"does not fit its config.json: no {name}")
+
+
 # ---- a strict load ------------------------------------------------------------------------------------------------
 
 FC1, TABLE = "model.encoder.layers.1.fc1.weight", "model.shared.weight"
@@ -139,7 +241,7 @@ FC1, TABLE = "model.encoder.layers.1.fc1.weight", "model.shared.weight"
 
 def refused(folder) -> str:
     with pytest.raises(WeightsError) as error:
-        load_backbone(folder, feature_dim=8)
+        load_backbone(folder, feature_dim=8, words=VOCAB + 200)
     return str(error.value)
 
 
@@ -443,11 +545,50 @@ def test_a_larger_picture_is_pooled_with_resized_positions():
 
 # ---- what must not matter, and what must --------------------------------------------------------------------------
 
+BOTH = pytest.mark.parametrize("base", [TINY, TINY_T5], ids=["bart", "t5"])
+
+
+@BOTH
+@torch.no_grad()
+def test_padding_changes_nothing(base):
+    model, ids, features, labels = our_model(base=base), questions(6, pad=base.pad), torch.randn(6, 1, 4, 8), questions(6, 5)
+    assert distance(model(F.pad(ids, (0, 7), value=base.pad), features, labels), model(ids, features, labels)) < 1e-5
+
+
+@BOTH
+def test_bfloat16_gives_nearly_the_same_loss(base, recwarn):
+    model, ids, features = our_model(base=base), questions(6, pad=base.pad), torch.randn(6, 1, 4, 8)
+    for parameter in model.parameters():
+        parameter.data *= 0.5 if parameter.ndim > 1 else 1          # bfloat16 has eight bits: large scores are all its fault
+    losses = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(model.loss(ids, features, questions(6, 5), torch.ones(6)))
+            assert generate(model, ids, features, beams=2, max_length=5).size(1) <= 5
+    losses[1].backward()
+    assert abs(losses[1] - losses[0]) < 0.02 * losses[0] and all(p.grad.isfinite().all() for p in model.parameters())
+    assert not recwarn.list
+
+
+@BOTH
+@torch.no_grad()
+def test_only_a_prenorm_stack_ends_with_dropout(base):
+    model = our_model(base=base, dropout=0.3).train()
+    dropped = (model.encode(questions(6, pad=base.pad), torch.randn(6, 1, 4, 8))[0] == 0).float().mean()
+    assert abs(dropped - (0.3 if base.prenorm else 0)) < 0.05
+
 
 @torch.no_grad()
-def test_padding_changes_nothing():
-    model, ids, features, labels = our_model(), questions(6), torch.randn(6, 1, 4, 8), questions(6, 5)
-    assert distance(model(F.pad(ids, (0, 7), value=PAD), features, labels), model(ids, features, labels)) < 1e-5
+def test_relative_positions_matter_to_words_and_not_to_visual_tokens():
+    model = our_model(base=TINY_T5)
+    mask, at = torch.ones(1, 1, 1, 9, dtype=torch.bool), torch.arange(5)
+    mask[..., 4] = False                                            # five words, the last one padding, and four visual tokens
+    bias = model.encoder.positions.bias(mask, at, at)
+    assert bias.shape == (1, 4, 9, 9) and not bias[..., 5:].any() and not bias[..., 5:, :4].any()
+    assert (bias[..., 4] == -torch.inf).all() and len(bias[0, 0, :5, :4].unique()) == 8     # distances -3 to 4
+    causal = model.decoder.positions.bias(at <= at[:, None], at, at)
+    one = model.decoder.positions.bias(at <= at[2:3, None], at[2:3], at)                    # as with a cache, at step 2
+    assert torch.equal(one[:, 0], causal[:, 2]) and (causal[:, 0, 1:] == -torch.inf).all()
 
 
 @torch.no_grad()
