@@ -8,10 +8,11 @@ modules there. What is put in is new, therefore trainable; nothing is matched by
     select(model, "vqa")                                # before every batch; needed when tasks have their own copies
     torch.save(trainable(model), "adapter.pt")          # {name: weight}: what is trained is what is saved
 
-Two more attribute names count where a model has them: `prompt`, called with word embeddings [batch, length, d_model],
-and `visual`, the new part of the model that every method trains. LoRA replaces the Linears named q and v.
+Three more attribute names count where a model has them: `prompt`, called with word embeddings [batch, length, d_model],
+`visual`, the new part of the model that every method trains, and `logits_bias`, the buffer of zeros that BitFit trains
+where Linears have no bias. LoRA replaces the Linears named q and v.
 
-`python adapters.py` prints the share of weights each method trains on VL-BART beside the paper's number.
+`python adapters.py` prints the share of weights each method trains on VL-BART and VL-T5 beside the published number.
 Paper: Sung, Cho, Bansal, CVPR 2022, https://arxiv.org/abs/2112.06825. Needs torch and nothing else; copy it as it is.
 Formulas: h is the hidden state at a place, d = d_model, r = d / reduction the bottleneck.
 """
@@ -19,7 +20,7 @@ Formulas: h is the hidden state at a place, d = d_model, r = d / reduction the b
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -237,6 +238,17 @@ class LoRALinear(nn.Linear):
         return out + self.scale * self.update(x) if self.unmerged is None else out
 
 
+class BiasedRMSNorm(nn.RMSNorm):
+    """g x / rms(x) + b: an RMSNorm that takes over the weight of another, and has a bias, zero at first. d weights."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        super().__init__(norm.normalized_shape, norm.eps, device="meta")
+        self.weight, self.bias = norm.weight, nn.Parameter(torch.zeros_like(norm.weight))
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
 # ---- filling a model ----------------------------------------------------------------------------------------------
 
 
@@ -343,6 +355,23 @@ def fill_lora(model, d_model, tasks, share, sites, rank, alpha, dropout, targets
     return filled
 
 
+def fill_biases(model, d_model, tasks, share, sites) -> int:
+    """Zero biases for Linears and RMSNorms that have none, and then for the head: BitFit on T5 as LST defines it.
+
+    In BART nothing lacks a bias. Returns how many biases the model has then; sites do not matter.
+    """
+    bare = [module for module in model.modules() if isinstance(module, nn.Linear) and module.bias is None]
+    for module in bare:
+        module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if type(norm) is nn.RMSNorm:
+                setattr(parent, name, BiasedRMSNorm(norm))
+    if bare and "logits_bias" in model._buffers:
+        model.logits_bias = nn.Parameter(model._buffers.pop("logits_bias"))
+    return sum(name.endswith("bias") for name, _ in model.named_parameters())
+
+
 # ---- the table of methods -----------------------------------------------------------------------------------------
 
 
@@ -356,12 +385,17 @@ class Method:
     lr_videos: float
     shares: tuple[str, ...] = ("all",)   # all: one for all tasks; half: up for all, down per task; none: one per task
     lr_per_task: float | None = None     # pictures, share half and none, where it differs
+    sizes_on: dict[str, dict] = field(default_factory=dict)      # sizes that differ by backbone
 
 
 ANY = ("all", "half", "none")
-METHODS = {  # sizes and rates: scripts/{image,video}/*.sh of the original; where it has no video script, the adapter's rate
+BACKBONES = ("bart", "t5")
+# Sizes and rates: scripts/{image,video}/*.sh of the original; where it has no video script, the adapter's rate. On T5
+# the sizes of the published numbers, LST's (arXiv 2206.06522); the original's own T5 scripts are --sizes reduction=8.
+METHODS = {
     "full": Method(None, {}, ("all",), 1e-4, 3e-5),
-    "adapter": Method(fill_adapters, dict(reduction=8), ("visual", "norms"), 1e-3, 3e-4, ANY, 3e-4),
+    "adapter": Method(fill_adapters, dict(reduction=8), ("visual", "norms"), 1e-3, 3e-4, ANY, 3e-4,
+                      dict(t5=dict(reduction=4))),
     "hyperformer": Method(fill_hyperformer,
                           dict(reduction=8, task_dim=512, hidden_dim=128, projected_dim=8, efficient=False),
                           ("visual", "norms"), 1e-3, 3e-4),
@@ -370,13 +404,14 @@ METHODS = {  # sizes and rates: scripts/{image,video}/*.sh of the original; wher
     "lowrank": Method(fill_low_rank, dict(reduction=8, rank=1), ("visual", "norms"), 1e-3, 3e-4, ANY),
     "prompt": Method(fill_prompt, dict(length=40, mid_dim=800), ("visual",), 1e-3, 3e-4, ("all", "none")),
     "lora": Method(fill_lora, dict(rank=128, alpha=32, dropout=0.1, targets=("q", "v")),
-                   ("visual", "biases"), 1e-3, 3e-4, ("all", "none")),
-    "bitfit": Method(None, {}, ("visual", "biases"), 1e-3, 3e-4),
+                   ("visual", "biases"), 1e-3, 3e-4, ("all", "none"), sizes_on=dict(t5=dict(rank=150))),
+    "bitfit": Method(fill_biases, {}, ("visual", "biases"), 1e-3, 3e-4),
 }
 
 TRAINS = {  # what a method trains besides what it puts in, by type and not by name
     "all": lambda model: model.parameters(),
     "visual": lambda model: model.visual.parameters() if hasattr(model, "visual") else (),
+    # T5's RMSNorms are none of these: they are frozen in the original too, and in the published numbers.
     "norms": lambda model: (p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()),
     "biases": lambda model: (m.bias for m in model.modules()
                              if isinstance(m, (nn.Linear, nn.LayerNorm)) and m.bias is not None),
@@ -384,15 +419,17 @@ TRAINS = {  # what a method trains besides what it puts in, by type and not by n
 
 
 def install(model: nn.Module, method: str, d_model: int, tasks: Iterable[str], share: str = "all",
-            sites: Iterable[str] | None = None, trains: Iterable[str] | None = None, **sizes) -> int:
+            sites: Iterable[str] | None = None, trains: Iterable[str] | None = None, backbone: str = "bart",
+            **sizes) -> int:
     """Freezes the model, fills its places and returns how many it filled. New weights are drawn from torch's generator.
 
     method is a row of METHODS, or several joined by "+" ("adapter+prompt"); tasks are the names `select` will be given;
     share is all, half or none; sites restrict the places ("ffn", "encoder", "decoder.cross_attn"; see `places`);
-    trains replaces what else is trained (keys of TRAINS); sizes replace those of the method's row.
+    trains replaces what else is trained (keys of TRAINS); sizes replace those of the method's row for the backbone.
     Raises ValueError for names that are not known and when no place was found.
     """
     known(method.split("+"), METHODS, "method")
+    known([backbone], BACKBONES, "backbone")
     rows, filled = {name: METHODS[name] for name in method.split("+")}, 0
     for name, row in rows.items():
         known([share], row.shares, f"share of {name}")
@@ -406,7 +443,8 @@ def install(model: nn.Module, method: str, d_model: int, tasks: Iterable[str], s
     model.requires_grad_(False)
     for name, row in rows.items():
         if row.fill is not None:
-            count = row.fill(model, d_model, tasks, share, sites, **{k: sizes.get(k, v) for k, v in row.sizes.items()})
+            own = row.sizes | row.sizes_on.get(backbone, {})
+            count = row.fill(model, d_model, tasks, share, sites, **{k: sizes.get(k, v) for k, v in own.items()})
             if count == 0:
                 raise ValueError(f"the model has no place for {name}")
             filled += count
@@ -465,8 +503,15 @@ def unmerge(model: nn.Module):
 # ---- python adapters.py -------------------------------------------------------------------------------------------
 
 
-def skeleton(feature_dim: int, d_model=768, d_ff=3072, layers=6, vocab_size=50465, positions=1026) -> nn.Module:
-    """The weights and places of VL-BART-base on the meta device: names and shapes, no values, enough to count."""
+BASE = {  # what a skeleton needs to know of bart-base and t5-base
+    "bart": dict(layers=6, words=50465, positions=(1026, 768), norm=nn.LayerNorm, bias=True, prenorm=False),
+    "t5": dict(layers=12, words=32200, positions=(32, 12), norm=nn.RMSNorm, bias=False, prenorm=True),
+}
+
+
+def skeleton(feature_dim: int, layers: int, words: int, positions: tuple[int, int], norm: Callable, bias: bool,
+             prenorm: bool, d_model=768, d_ff=3072) -> nn.Module:
+    """The weights and places of VL-BART or VL-T5 on the meta device: names and shapes, no values, enough to count."""
     def tree(**parts):
         module = nn.Module()
         for name, part in parts.items():
@@ -474,47 +519,60 @@ def skeleton(feature_dim: int, d_model=768, d_ff=3072, layers=6, vocab_size=5046
         return module
 
     def sublayer(inner):
-        return tree(inner=inner, adapter=nn.Identity(), norm=nn.LayerNorm(d_model))
+        return tree(inner=inner, adapter=nn.Identity(), norm=norm(d_model))
 
     def layer(cross):
-        attention = lambda: sublayer(tree(**{name: nn.Linear(d_model, d_model) for name in ("q", "k", "v", "out")}))
-        ffn = sublayer(tree(up=nn.Linear(d_model, d_ff), down=nn.Linear(d_ff, d_model)))
+        attention = lambda: sublayer(tree(**{x: nn.Linear(d_model, d_model, bias) for x in ("q", "k", "v", "out")}))
+        ffn = sublayer(tree(up=nn.Linear(d_model, d_ff, bias), down=nn.Linear(d_ff, d_model, bias)))
         return tree(self_attn=attention(), cross_attn=attention() if cross else None, ffn=ffn)
 
     def stack(cross):
-        return tree(positions=nn.Embedding(positions, d_model), prompt=nn.Identity(), embed_norm=nn.LayerNorm(d_model),
+        return tree(positions=nn.Embedding(*positions), prompt=nn.Identity(),
+                    **{"final_norm" if prenorm else "embed_norm": norm(d_model)},
                     layers=nn.ModuleList(layer(cross) for _ in range(layers)))
 
     with torch.device("meta"):
-        visual = tree(feature=nn.Linear(feature_dim, d_model), feature_norm=nn.LayerNorm(d_model),
-                      box=nn.Linear(5, d_model), box_norm=nn.LayerNorm(d_model), picture=nn.Embedding(2, d_model))
-        return tree(words=nn.Embedding(vocab_size, d_model), visual=visual, encoder=stack(False), decoder=stack(True))
+        visual = tree(feature=nn.Linear(feature_dim, d_model), feature_norm=norm(d_model),
+                      box=nn.Linear(5, d_model), box_norm=norm(d_model), picture=nn.Embedding(2, d_model))
+        model = tree(words=nn.Embedding(words, d_model), visual=visual, encoder=stack(False), decoder=stack(True))
+        model.register_buffer("logits_bias", torch.zeros(words))
+    return model
 
 
-PUBLISHED = [  # method, share, per cent of all weights; tables 1 and 2 of the paper, BitFit from VL-PET
-    ("pictures", "full", "all", 100), ("pictures", "adapter", "all", 4.18), ("pictures", "adapter", "half", 8.36),
-    ("pictures", "adapter", "none", 12.22), ("pictures", "hyperformer", "all", 5.79),
-    ("pictures", "compacter", "all", 2.70), ("pictures", "compacter", "none", 7.05),
-    ("pictures", "lora", "all", 5.93), ("pictures", "lora", "none", 17.72), ("pictures", "prompt", "all", 2.00),
-    ("pictures", "prompt", "none", 4.53), ("pictures", "bitfit", "all", 1.21),
-    ("videos", "adapter", "all", 3.39), ("videos", "lora", "all", 5.17),
+PUBLISHED = [  # backbone, inputs, method, share, sizes, published per cent of all weights: tables 1 and 2 of the paper,
+    # BART's BitFit from VL-PET, T5 from LST; None: the original's script, not published
+    ("bart", "pictures", "full", "all", {}, 100), ("bart", "pictures", "adapter", "all", {}, 4.18),
+    ("bart", "pictures", "adapter", "half", {}, 8.36), ("bart", "pictures", "adapter", "none", {}, 12.22),
+    ("bart", "pictures", "hyperformer", "all", {}, 5.79), ("bart", "pictures", "compacter", "all", {}, 2.70),
+    ("bart", "pictures", "compacter", "none", {}, 7.05), ("bart", "pictures", "lora", "all", {}, 5.93),
+    ("bart", "pictures", "lora", "none", {}, 17.72), ("bart", "pictures", "prompt", "all", {}, 2.00),
+    ("bart", "pictures", "prompt", "none", {}, 4.53), ("bart", "pictures", "bitfit", "all", {}, 1.21),
+    ("bart", "videos", "adapter", "all", {}, 3.39), ("bart", "videos", "lora", "all", {}, 5.17),
+    ("t5", "pictures", "full", "all", {}, 100), ("t5", "pictures", "adapter", "all", {}, 7.98),
+    ("t5", "pictures", "adapter", "all", dict(reduction=8), None),
+    ("t5", "pictures", "adapter", "half", dict(reduction=8), None),
+    ("t5", "pictures", "adapter", "none", dict(reduction=8), None), ("t5", "pictures", "hyperformer", "all", {}, None),
+    ("t5", "pictures", "compacter", "all", {}, None), ("t5", "pictures", "compacter", "none", {}, None),
+    ("t5", "pictures", "lora", "all", {}, 7.54), ("t5", "pictures", "prompt", "all", {}, 1.26),
+    ("t5", "pictures", "bitfit", "all", {}, 0.83),
 ]
 
 
-def share_trained(method: str, share: str, inputs: str) -> tuple[int, int]:
-    """Trained and all weights of VL-BART-base with four tasks; inputs are pictures (RN101) or videos (ViT-B/32)."""
-    model = skeleton({"pictures": 2048, "videos": 512}[inputs])
+def share_trained(backbone: str, inputs: str, method: str, share: str, **sizes) -> tuple[int, int]:
+    """Trained and all weights with four tasks; inputs are pictures (RN101) or videos (ViT-B/32)."""
+    model = skeleton({"pictures": 2048, "videos": 512}[inputs], **BASE[backbone])
     with torch.device("meta"):
-        install(model, method, 768, ["a", "b", "c", "d"], share)
+        install(model, method, 768, ["a", "b", "c", "d"], share, backbone=backbone, **sizes)
     return sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
 
 
 def main():
-    print(f"{'inputs':<10}{'method':<13}{'share':<7}{'trained':>12}{'of all':>13}{'per cent':>10}{'paper':>8}")
-    for inputs, method, share, published in PUBLISHED:
-        trained, total = share_trained(method, share, inputs)
-        per_cent = 100 * trained / total
-        print(f"{inputs:<10}{method:<13}{share:<7}{trained:>12,}{total:>13,}{per_cent:>10.2f}{published:>8.2f}")
+    print(f"{'':<6}{'inputs':<10}{'method':<13}{'share':<7}{'trained':>12}{'of all':>13}{'per cent':>10}{'paper':>8}")
+    for backbone, inputs, method, share, sizes, published in PUBLISHED:
+        trained, total = share_trained(backbone, inputs, method, share, **sizes)
+        paper = "-" if published is None else f"{published:.2f}"
+        print(f"{backbone:<6}{inputs:<10}{method:<13}{share:<7}{trained:>12,}{total:>13,}{100 * trained / total:>10.2f}"
+              f"{paper:>8}", *(f" {name}={size}" for name, size in sizes.items()))
 
 
 if __name__ == "__main__":
