@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from adapters import install
-from model import BART, Config, Model, expand, pool
+from model import FAMILIES, Config, Model, expand, pool, t5
 
 FOLDER = Path(os.environ.get("VL_GOLDEN", Path(__file__).parent / "golden"))
 TASKS = ["vqa", "gqa", "nlvr", "caption"]
 
 # case -> method, share, sizes and sites that say the same as the original's flags
 METHOD_OF = {
-    "full": ("full", "all", {}, None), "bitfit": ("bitfit", "all", {}, None),
+    "full": ("full", "all", {}, None), "bitfit": ("bitfit", "all", {}, None), "lst_bitfit": ("bitfit", "all", {}, None),
     "single_adapter": ("adapter", "all", {}, None), "multiple_adapters": ("adapter", "none", {}, None),
     "half_shared_up": ("adapter", "half", {}, None),
     "x_adapter_no_cross": ("adapter", "all", {}, ["self_attn", "ffn"]),
@@ -33,30 +33,35 @@ METHOD_OF = {
     "single_prompt": ("prompt", "all", dict(length=5, mid_dim=20), None),
 }
 
-RENAMES = [  # in this order; what is left is found in the table of BART's weight names
-    (r"model\.encoder\.visual_embedding\.feat_embedding\.0", "visual.feature"),
-    (r"model\.encoder\.visual_embedding\.feat_embedding\.1", "visual.feature_norm"),
-    (r"model\.encoder\.visual_embedding\.absolute_vis_pos_embedding\.0", "visual.box"),
-    (r"model\.encoder\.visual_embedding\.absolute_vis_pos_embedding\.1", "visual.box_norm"),
-    (r"model\.encoder\.visual_embedding\.img_order_embedding", "visual.picture"),
-    (r"model\.(encoder|decoder)\.layers\.(\d+)\.(?:self_)?attn_adapter", r"\1.layers.\2.self_attn.adapter"),
-    (r"model\.(encoder|decoder)\.layers\.(\d+)\.enc_attn_adapter", r"\1.layers.\2.cross_attn.adapter"),
-    (r"model\.(encoder|decoder)\.layers\.(\d+)\.ff_adapter", r"\1.layers.\2.ffn.adapter"),
+RENAMES = [  # in this order, after "model." in front; what is left is found in the tables of weight names
+    (r"encoder\.visual_embedding\.feat_embedding\.0", "visual.feature"),
+    (r"encoder\.visual_embedding\.feat_embedding\.1", "visual.feature_norm"),
+    (r"encoder\.visual_embedding\.absolute_vis_pos_embedding\.0", "visual.box"),
+    (r"encoder\.visual_embedding\.absolute_vis_pos_embedding\.1", "visual.box_norm"),
+    (r"encoder\.visual_embedding\.img_order_embedding", "visual.picture"),
+    (r"(encoder|decoder)\.layers\.(\d+)\.(?:self_)?attn_adapter", r"\1.layers.\2.self_attn.adapter"),
+    (r"(encoder|decoder)\.layers\.(\d+)\.enc_attn_adapter", r"\1.layers.\2.cross_attn.adapter"),
+    (r"(encoder|decoder)\.layers\.(\d+)\.ff_adapter", r"\1.layers.\2.ffn.adapter"),
+    (r"(encoder|decoder)\.block\.(\d+)\.layer\.0\.attn_adapter", r"\1.layers.\2.self_attn.adapter"),
+    (r"(encoder|decoder)\.block\.(\d+)\.layer\.1\.enc_attn_adapter", r"\1.layers.\2.cross_attn.adapter"),
+    (r"(encoder|decoder)\.block\.(\d+)\.layer\.[12]\.ff_adapter", r"\1.layers.\2.ffn.adapter"),
     (r"(down|up)_sampler\.W_left", r"\1_sampler.left"), (r"(down|up)_sampler\.W_right", r"\1_sampler.right"),
     (r"(down|up)_sampler\.W$", r"\1_sampler.weight"), (r"(down|up)_sampler\.b$", r"\1_sampler.bias"),
     (r"(down|up)_sampler\.phm_rule", r"\1_sampler.rule.value"), (r"^phm_rule$", "kronecker_rule.value"),
-    (r"model\.(\w+)\.layers\.(\d+)\.self_attn\.(\w)_proj\.lora_(A|B)s\.vqa", r"\1.layers.\2.self_attn.inner.\3.update.\4"),
-    (r"model\.(\w+)\.layers\.(\d+)\.encoder_attn\.(\w)_proj\.lora_(A|B)s\.vqa", r"\1.layers.\2.cross_attn.inner.\3.update.\4"),
+    (r"(\w+)\.layers\.(\d+)\.self_attn\.(\w)_proj\.lora_(A|B)s\.vqa", r"\1.layers.\2.self_attn.inner.\3.update.\4"),
+    (r"(\w+)\.layers\.(\d+)\.encoder_attn\.(\w)_proj\.lora_(A|B)s\.vqa", r"\1.layers.\2.cross_attn.inner.\3.update.\4"),
+    (r"(\w+)\.block\.(\d+)\.layer\.0\.SelfAttention\.(\w)\.lora_(A|B)s\.vqa", r"\1.layers.\2.self_attn.inner.\3.update.\4"),
+    (r"(\w+)\.block\.(\d+)\.layer\.1\.EncDecAttention\.(\w)\.lora_(A|B)s\.vqa", r"\1.layers.\2.cross_attn.inner.\3.update.\4"),
     (r"update\.A$", "update.a"), (r"update\.B$", "update.b"),
-    (r"model\.encoder\.prompt_modules\.prompts\.vqa\.prefix_embedding\.0\.weight", "encoder.prompt.table"),
-    (r"model\.encoder\.prompt_modules\.prompts\.vqa\.prefix_embedding\.1", "encoder.prompt.down"),
-    (r"model\.encoder\.prompt_modules\.prompts\.vqa\.prefix_embedding\.3", "encoder.prompt.up"),
-    (r"model\.shared_task_embed\.task_to_embeddings\.(\w+)", r"task_embedding.copies.\1.value"),
-    (r"model\.(\w+)\.adapter_layers_hyper_net\.layer_id_embeddings", r"hypernetworks.\1.layer"),
-    (r"model\.(\w+)\.adapter_layers_hyper_net\.task_hypernet\.task_embeding_generator", r"hypernetworks.\1.project"),
-    (r"model\.(\w+)\.adapter_layers_hyper_net\.LayerNorm", r"hypernetworks.\1.norm"),
-    (r"model\.(\w+)\.adapter_layers_hyper_net\.feed_forward_(\w+)_sampler_hyper_net", r"hypernetworks.\1.write.ffn.\2"),
-    (r"model\.(\w+)\.adapter_layers_hyper_net\.(self|cross)_attention_(\w+)_sampler_hyper_net",
+    (r"encoder\.prompt_modules\.prompts\.vqa\.prefix_embedding\.0\.weight", "encoder.prompt.table"),
+    (r"encoder\.prompt_modules\.prompts\.vqa\.prefix_embedding\.1", "encoder.prompt.down"),
+    (r"encoder\.prompt_modules\.prompts\.vqa\.prefix_embedding\.3", "encoder.prompt.up"),
+    (r"shared_task_embed\.task_to_embeddings\.(\w+)", r"task_embedding.copies.\1.value"),
+    (r"(\w+)\.adapter_layers_hyper_net\.layer_id_embeddings", r"hypernetworks.\1.layer"),
+    (r"(\w+)\.adapter_layers_hyper_net\.task_hypernet\.task_embeding_generator", r"hypernetworks.\1.project"),
+    (r"(\w+)\.adapter_layers_hyper_net\.LayerNorm", r"hypernetworks.\1.norm"),
+    (r"(\w+)\.adapter_layers_hyper_net\.feed_forward_(\w+)_sampler_hyper_net", r"hypernetworks.\1.write.ffn.\2"),
+    (r"(\w+)\.adapter_layers_hyper_net\.(self|cross)_attention_(\w+)_sampler_hyper_net",
      r"hypernetworks.\1.write.\2_attn.\3"),
     (r"(up|down)\.weight_generator\.0", r"\1"), (r"(up|down)\.bias_generator\.0", r"\1_bias"),
 ]
@@ -73,20 +78,24 @@ class Recorded:
     def __init__(self, path: Path):
         self.arrays = dict(np.load(path))
         self.meta = json.loads(str(self.arrays["meta"]))
-        method, self.share, sizes, sites = METHOD_OF[path.stem.split("-")[1]]
-        config = tiny_config(self.meta)
-        self.theirs = {names if isinstance(names, str) else names[0]: ours for ours, names in expand(BART, config).items()}
+        self.family, case, _ = path.stem.split("-")
+        method, self.share, sizes, sites = METHOD_OF[case]
+        config = tiny_config(self.family, self.meta)
+        self.theirs = {names[0].removeprefix("model."): ours for ours, names in expand(FAMILIES[self.family][1], config).items()}
         self.model = Model(config)
         tasks = [str(self.arrays["task"])] if "tvqa" in path.stem else TASKS
         install(self.model, method, 32, tasks, self.share, sites, **sizes)
         weights = {self.rename(key[2:]): torch.from_numpy(x) for key, x in self.arrays.items() if key.startswith("w/")}
-        weights["logits_bias"] = weights["logits_bias"][0]
+        weights["logits_bias"] = weights.get("logits_bias", torch.zeros(1, 164)).flatten()
         left = self.model.load_state_dict(weights, strict=True)
         assert not left.missing_keys and not left.unexpected_keys
 
     def rename(self, name: str) -> str:
+        name = name.removeprefix("model.")
         for pattern, ours in [*RENAMES, *COPIES[self.share].items()]:
             name = re.sub(pattern, ours, name)
+        if name.replace(".bias", ".weight") in self.theirs:                                 # T5 with BitFit has more biases
+            return self.theirs.get(name) or self.theirs[name.replace(".bias", ".weight")].replace(".weight", ".bias")
         return self.theirs.get(name, name)
 
     def batch(self, prefix: str = "in/"):
@@ -96,7 +105,10 @@ class Recorded:
         return ids, features(self.arrays[prefix + "vis_feats"]), labels, loss_weights(task, labels, self.arrays.get(prefix + "scores"))
 
 
-def tiny_config(meta: dict) -> Config:
+def tiny_config(family: str, meta: dict) -> Config:
+    if family == "t5":
+        return t5(dict(vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, relative_attention_num_buckets=32,
+                       dropout_rate=0.0), feature_dim=24, words=164)
     defaults = meta.get("defaults", {})
     return Config(vocab_size=164, d_model=32, heads=4, d_ff=64, encoder_layers=2, decoder_layers=2, max_positions=64,
                   feature_dim=24, dropout=0.0, start=2, pad=1, end=2,
@@ -128,5 +140,5 @@ def distance(ours, theirs) -> float:
 
 
 def cases(kind: str) -> list[Path]:
-    """The recorded files of BART: kind is vqa, caption, ..., generate or trajectory."""
-    return sorted(path for path in FOLDER.glob(f"bart-*-{kind}.npz") if path.stem.split("-")[1] in METHOD_OF)
+    """The recorded files: kind is vqa, caption, ..., generate or trajectory."""
+    return sorted(path for path in FOLDER.glob(f"*-*-{kind}.npz") if path.stem.split("-")[1] in METHOD_OF)

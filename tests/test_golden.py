@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from adapters import select, trainable
 from evaluate import decide
-from model import generate, load_clip, pool
-from original import FOLDER, Recorded, cases, distance, features
+from model import RelativePositions, generate, load_clip, pool
+from original import FOLDER, Recorded, cases, distance, features, tiny_config
 
 TASK_CASES = [path for task in ("vqa", "gqa", "nlvr", "caption", "tvqa") for path in cases(task)]
 
@@ -78,11 +78,14 @@ def test_ten_steps_of_the_authors_optimizer(path):
 
 class TwoWords:
     """Stands in for a tokenizer: "true" is word 10 and "false" word 11, as in the recorded cases."""
+    def __init__(self, start: list[int]):
+        self.start = start                              # BART begins every text with <s>, T5 with nothing
+
     def pieces(self, text):
         return [{"true": 10, "false": 11}[text]]
 
     def encode(self, text):
-        return [0, *self.pieces(text), 2]
+        return [*self.start, *self.pieces(text), 2]
 
 
 @pytest.mark.parametrize("path", cases("nlvr"), ids=lambda path: path.stem)
@@ -90,7 +93,7 @@ def test_statements_are_judged_by_the_logits_of_two_words(path):
     case = Recorded(path)
     select(case.model.eval(), "nlvr")
     ids, feats, *_ = case.batch()
-    said = decide(case.model, TwoWords(), ("false", "true"), ids, feats)
+    said = decide(case.model, TwoWords([0] if "bart" in path.stem else []), ("false", "true"), ids, feats)
     assert [word == "true" for word in said] == [bool(x) for x in case.arrays["out/pred_ans_id"]]
 
 
@@ -105,11 +108,23 @@ def test_same_words(path, key):
     fields = {"no_repeat_ngram_size": "no_repeat_ngram", "early_stopping": "early_stopping", "length_penalty": "length_penalty"}
     wishes = {fields[name]: value for name, value in asked.items() if name in fields}
     # transformers 4.2.1 makes BART's beam search end with the end token, but not its greedy search.
-    case.model.config = dataclasses.replace(case.model.config, forced_last=2 if beams > 1 else None, **wishes)
+    forced_last = 2 if beams > 1 and case.family == "bart" else None
+    case.model.config = dataclasses.replace(case.model.config, forced_last=forced_last, **wishes)
     select(case.model, "vqa")
     words = generate(case.model.eval(), torch.from_numpy(case.arrays["in/input_ids"]), features(case.arrays["in/vis_feats"]),
                      beams, asked.get("max_length", 20))
     assert words.tolist() == case.arrays[key].tolist()
+
+
+@pytest.mark.parametrize("causal, key", [(False, "bidirectional_32"), (True, "causal_32")])
+@torch.no_grad()
+def test_the_buckets_of_relative_positions(causal, key):
+    arrays, positions = np.load(FOLDER / "t5-buckets.npz"), RelativePositions(tiny_config("t5", {}), causal)
+    positions.weight[:] = torch.arange(32)[:, None]                 # so that a bias is the number of its bucket
+    keys, query = torch.from_numpy(arrays["rel"]), torch.zeros(1, dtype=torch.long)
+    seen = keys <= 0 if causal else keys == keys
+    bucket = positions.bias(seen[None, None, None], query, keys)[0, 0, 0]
+    assert bucket[seen].tolist() == arrays[key][seen].tolist()
 
 
 def test_clip_resnet_and_its_pools(tmp_path):
