@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from tokenizer import BPE
+from tokenizer import BPE, Unigram
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # CLIP's, of pixels in 0..1
 FRAMES, FPS = 64, Fraction(2, 3)                        # visual tokens of a video, frames a second (VALUE's features)
@@ -654,7 +654,7 @@ def write_atomically(path: Path, content: bytes):
 class Corpus:
     """The examples of one task and split as integers, and batches of them that all have one shape."""
 
-    def __init__(self, task: str, examples: list[Example], tokenizer: BPE, store: FeatureStore, prompts: bool = True):
+    def __init__(self, task: str, examples: list[Example], tokenizer: BPE | Unigram, store: FeatureStore, prompts: bool = True):
         self.task, self.examples, self.store, self.pad = task, examples, store, tokenizer.pad
         row = TASKS[task]
         texts = [encode(tokenizer, task, e, prompts) for e in examples]
@@ -692,7 +692,7 @@ class Corpus:
         return batch
 
 
-def encode(tokenizer: BPE, task: str, example: Example, prompts: bool = True) -> list[int]:
+def encode(tokenizer: BPE | Unigram, task: str, example: Example, prompts: bool = True) -> list[int]:
     """An example's text as ids, with the prompt of its task; of a text too long the subtitles are cut, if it has any.
 
     The original cuts on the right, where a video's question, its answers and the prompt stand.

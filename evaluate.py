@@ -39,8 +39,9 @@ from adapters import install, select, trainable
 from data import (FOLDERS, FRAMES, TASKS, VIDEOS, Corpus, DataError, Example, FeatureStore, Task, choose_from, encode,
                   find_files, fit_frames, load_features, load_picture, load_video, normalise, read_examples,
                   report_problems, task_list, vqa_normal_form, write_atomically)
-from model import ADDED_WORDS, VISUAL_SIDE, CLIPResNet, Model, WeightsError, generate, load_backbone, load_clip, pool
-from tokenizer import BPE, VocabularyError
+from model import (ADDED_WORDS, VISUAL_SIDE, CLIPResNet, Model, WeightsError, generate, load_backbone, load_clip, pool,
+                   read_json)
+from tokenizer import BPE, Unigram, VocabularyError, load_tokenizer
 
 
 FLAGS = ("method", "tasks", "share", "sites", "sizes", "prompts", "data", "weights", "backbone", "vision", "epochs",
@@ -372,16 +373,21 @@ def check_weights(run: Path, flags: dict):
             raise RunError(f"{run} was begun with other weights: the {name} of its config.json has changed")
 
 
-def build_model(flags: dict, feature_dim: int) -> tuple[Model, BPE, int]:
+def family(folder: Path) -> str:
+    """bart or t5, as the config.json of a backbone says."""
+    return read_json(folder / "config.json").get("model_type", "")
+
+
+def build_model(flags: dict, feature_dim: int) -> tuple[Model, BPE | Unigram, int]:
     """The pre-trained backbone with the run's method installed, its tokenizer, and how many places were filled."""
     folder = weight_path(flags, flags["backbone"])
     added = [f"<{kind}_{i}>" for kind in ("extra_id", "vis_extra_id") for i in reversed(range(ADDED_WORDS // 2))]
-    tokenizer = BPE(folder, added)
+    tokenizer = load_tokenizer(folder, added)
     torch.manual_seed(flags["seed"])                        # for the visual part, the added words and what is put in
     model = load_backbone(folder, feature_dim, len(tokenizer))
     try:
         filled = install(model, flags["method"], model.config.d_model, flags["tasks"], flags["share"],
-                         flags["sites"], **flags["sizes"])
+                         flags["sites"], backbone=family(folder), **flags["sizes"])
     except (ValueError, TypeError, ZeroDivisionError) as problem:      # the latter two: --sizes that are no such numbers
         raise RunError(f"--method {flags['method']} cannot be installed: {problem}") from None
     return model, tokenizer, filled
@@ -456,7 +462,7 @@ def open_eye(flags: dict, device: torch.device) -> tuple[Eye | Released, int]:
     return eye, eye.channels(*videos)
 
 
-def open_corpora(flags: dict, tokenizer: BPE, eye: Eye | Released, *splits: dict[str, str],
+def open_corpora(flags: dict, tokenizer: BPE | Unigram, eye: Eye | Released, *splits: dict[str, str],
                  say: Callable[[str], None] = print) -> list[dict[str, Corpus]]:
     """For each {task: split} a {task: corpus}.
 
@@ -548,7 +554,7 @@ def load_state(path: Path) -> dict:
 
 
 @torch.no_grad()
-def decide(model: Model, tokenizer: BPE, choices: tuple[str, ...], ids, features) -> list[str]:
+def decide(model: Model, tokenizer: BPE | Unigram, choices: tuple[str, ...], ids, features) -> list[str]:
     """Of a few answers the one whose first token is likeliest, the first in a tie: how the original judges NLVR2."""
     words = [tokenizer.pieces(choice)[0] for choice in choices]
     before = tokenizer.encode(choices[0])
@@ -558,7 +564,7 @@ def decide(model: Model, tokenizer: BPE, choices: tuple[str, ...], ids, features
     return [choices[i] for i in logits[:, words].argmax(1).tolist()]
 
 
-def answer(model: Model, tokenizer: BPE, corpus: Corpus, device: torch.device, batch: int, bf16: bool = False,
+def answer(model: Model, tokenizer: BPE | Unigram, corpus: Corpus, device: torch.device, batch: int, bf16: bool = False,
            quiet: bool = False) -> list[str]:
     """The model's answer to every question of a corpus, in order."""
     model.eval()
@@ -575,7 +581,7 @@ def answer(model: Model, tokenizer: BPE, corpus: Corpus, device: torch.device, b
     return answers
 
 
-def reply(model: Model, tokenizer: BPE, row: Task, ids, features) -> list[str]:
+def reply(model: Model, tokenizer: BPE | Unigram, row: Task, ids, features) -> list[str]:
     if row.choices:
         return decide(model, tokenizer, row.choices, ids, features)
     return [tokenizer.decode(words).strip() for words in generate(model, ids, features, row.beams).tolist()]
@@ -723,7 +729,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def ask(args: argparse.Namespace, model: Model, tokenizer: BPE, eye: Eye | Released, task: str, prompts: bool) -> str:
+def ask(args: argparse.Namespace, model: Model, tokenizer: BPE | Unigram, eye: Eye | Released, task: str, prompts: bool) -> str:
     """The answer to --question about --image or --video."""
     row, paths = TASKS[task], [args.video] if args.video else args.image
     if row.video != bool(args.video) or isinstance(eye, Released):
@@ -800,7 +806,7 @@ def main():
         print(f"\npredictions are in {args.run}; look at {args.run / 'predictions.html'}")
 
 
-def submit(folder: Path, flags: dict, tokenizer: BPE, eye: Eye | Released, tasks: list[str], answer_all: Callable):
+def submit(folder: Path, flags: dict, tokenizer: BPE | Unigram, eye: Eye | Released, tasks: list[str], answer_all: Callable):
     """The files of the official servers, complete: a picture that is missing ends it before the first answer."""
     for task in tasks:
         for split, name in TASKS[task].submission.items():

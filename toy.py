@@ -2,16 +2,18 @@
 
 Coloured shapes on a grey ground, still and moving, written in the official formats and layouts of the eight data sets:
 real JPEG and MP4 files, real annotation files. And miniature backbones in the raw formats of the real ones, made as
-those were: the CLIP-ResNet learned from pictures with captions, BART from text alone, by putting masked text right. The
-adapters must join them.
+those were: the CLIP-ResNet learned from pictures with captions, BART and T5 from text alone, by putting masked text
+right. The adapters must join them.
 
 Everything is drawn from one seed and kept: `world` draws and trains once, and then only looks that all is there.
 Needs torch, numpy, pillow, av, tqdm and of ours model.py, data.py and tokenizer.py.
 """
 
 import json
+import math
 import random
 import shutil
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -27,8 +29,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import TASKS, choose_from, normalise
-from model import ADDED_WORDS, BART, CLIPResNet, Model, bart, expand
-from tokenizer import BPE, byte_symbols, word_pattern
+from model import FAMILIES, CLIPResNet, Model, expand
+from tokenizer import byte_symbols, load_tokenizer, word_pattern
 
 SEED = 20220618                                         # the day CVPR 2022 began
 SIDE = 224                                              # pixels, as CLIP wants them
@@ -166,11 +168,10 @@ CHOICE_ASKS = [  # of a video: question, right answer by thing and speech, all a
 
 
 def choose(thing: Scene, said: str, ask: tuple, count: int, rng: random.Random) -> tuple[str, list[str], int]:
-    """A question about a video, `count` answers to choose from, and the number of the right one."""
+    """A question about a video, `count` answers to choose from in alphabetical order, and the number of the right one."""
     question, answer, every = ask
     right = answer(thing, said)
-    choices = rng.sample([other for other in every if other != right], count - 1) + [right]
-    rng.shuffle(choices)
+    choices = sorted(rng.sample([other for other in every if other != right], count - 1) + [right])
     return question, choices, choices.index(right)
 
 
@@ -454,39 +455,55 @@ def video_text(rng: random.Random) -> tuple[str, str]:
     return f"{subtitles} {choose_from(question, '0.0-6', choices)}<mask> {seen}", f"a{right}"
 
 
-def write_bart(folder: Path, write_text: Callable = picture_text, steps: int = 800, batch: int = 64):
-    """BART's denoising on text alone: what stood in the place of <mask> is to be restored."""
-    rng, pad = random.Random(SEED), 1
+def write_language_model(folder: Path, family: str = "bart", write_text: Callable = picture_text, steps: int = 800,
+                         batch: int = 64):
+    """BART's or T5's denoising on text alone: what stood in the place of the gap is to be restored."""
+    rng = random.Random(SEED)
     folder.mkdir()
-    write_bpe(folder, [" ".join(write_text(rng)).replace("<mask>", "") for _ in range(8000)] + [
-        "vqa: gqa: nlvr: caption: tvqa: how2qa: tvc: yc2c:"])
-    tokenizer = BPE(folder)
-    config = {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "vocab_size": len(tokenizer),
-              "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-              "decoder_attention_heads": 4, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256,
-              "max_position_embeddings": 256, "activation_function": "gelu", "scale_embedding": False, "dropout": 0.0,
-              "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
-              "forced_eos_token_id": 2, "no_repeat_ngram_size": 3, "early_stopping": True, "num_beams": 4}
+    write_vocabulary = {"bart": write_bpe, "t5": write_spiece}[family]
+    write_vocabulary(folder, [" ".join(write_text(rng)).replace("<mask>", "") for _ in range(8000)] + [
+        "vqa: gqa: nlvr: caption: tvqa: how2qa: tvc: yc2c: true false"])
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(100))] if family == "t5" else []
+    tokenizer, gap = load_tokenizer(folder, sentinels), "<extra_id_0>" if family == "t5" else "<mask>"
+    config = config_json(family, len(tokenizer))
     write_json(folder / "config.json", config)
 
+    preset, table = FAMILIES[family]
     torch.manual_seed(SEED)
-    model = Model(bart(config, feature_dim=1, words=len(tokenizer) + ADDED_WORDS))
+    model = Model(preset(config, feature_dim=1, words=config["vocab_size"]))
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:                         # 0.02 suits a width of 768; with 128 attention starts from more
-            nn.init.normal_(parameter, std=128 ** -0.5)
+        if parameter.ndim == 2:             # 0.02 suits a width of 768; with 128 attention starts from more. T5 has no
+            queries = family == "t5" and name.endswith("inner.q.weight")           # scale in its scores, but in queries
+            nn.init.normal_(parameter, std=(128 * 32 if queries else 128) ** -0.5)
+    if family == "t5":
+        nn.init.normal_(model.words.weight)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     no_picture = torch.zeros(batch, 0, 1, 1)
-    for _ in schedule(optimizer, 2e-3, steps, "teaching BART to put masked text right"):
+    for _ in schedule(optimizer, 2e-3, steps, f"teaching {family.upper()} to put masked text right"):
         masked, gaps = zip(*(write_text(rng) for _ in range(batch)))
-        ids, labels = pad_rows(map(tokenizer.encode, masked), pad), pad_rows(map(tokenizer.encode, gaps), -100)
+        ids = pad_rows([tokenizer.encode(text.replace("<mask>", gap)) for text in masked], tokenizer.pad)
+        labels = pad_rows(map(tokenizer.encode, gaps), -100)
         model.loss(ids, no_picture, labels, torch.ones(batch)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    words = len(tokenizer)                              # the added rows are the user's run's own, not the checkpoint's
-    weights = {theirs[0]: model.state_dict()[ours] for ours, theirs in expand(BART, model.config).items()}
-    weights["model.shared.weight"] = weights["model.shared.weight"][:words].clone()
-    weights["final_logits_bias"] = weights["final_logits_bias"][None, :words].clone()
+    weights = {theirs[0]: model.state_dict()[ours] for ours, theirs in expand(table, model.config).items()}
+    weights.pop("lm_head.bias", None)                   # a row of our table that T5's files do not have
     torch.save(weights, folder / "pytorch_model.bin")
+
+
+def config_json(family: str, words: int) -> dict:
+    """The config.json of a miniature, with the fields of the real one."""
+    if family == "t5":
+        return {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": words + 28,
+                "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+                "relative_attention_num_buckets": 32, "feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6,
+                "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}      # 28 rows for nothing, as t5-base
+    return {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "vocab_size": words,
+            "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256,
+            "max_position_embeddings": 256, "activation_function": "gelu", "scale_embedding": False, "dropout": 0.0,
+            "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+            "forced_eos_token_id": 2, "no_repeat_ngram_size": 3, "early_stopping": True, "num_beams": 4}
 
 
 def schedule(optimizer, rate: float, steps: int, name: str):
@@ -530,36 +547,64 @@ def write_bpe(folder: Path, texts: list[str], merges: int = 400):
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in learned), encoding="utf-8")
 
 
+def write_spiece(folder: Path, texts: list[str], size: int = 400):
+    """Learns pieces as sentencepiece's unigram model does: of all parts of words, again those that the best cuts use."""
+    words = Counter(f"▁{word}" for text in texts for word in text.split())
+    counts = Counter()
+    for word, n in words.items():
+        counts.update({word[i:j]: n for i in range(len(word)) for j in range(i + 1, len(word) + 1)})
+    characters = Counter({chr(code): 1 for code in range(33, 127)} | {"▁": 1})
+    for _ in range(4):
+        pieces = Counter(dict(counts.most_common(size))) | characters
+        names = ["<pad>", "</s>", "<unk>", *pieces]
+        scores = [0.0] * 3 + [math.log(n / pieces.total()) for n in pieces.values()]
+        kinds = [3, 3, 2] + [1] * len(pieces)           # control, control, unknown, normal
+        message = b"".join(b"\x0a" + packed(b"\x0a" + packed(name.encode()) + b"\x15" + struct.pack("<f", score)
+                                           + bytes([0x18, kind])) for name, score, kind in zip(names, scores, kinds))
+        trainer, normalizer = b"\x18\x01", b"\x0a" + packed(b"identity")             # model_type unigram, name
+        (folder / "spiece.model").write_bytes(message + b"\x12" + packed(trainer) + b"\x1a" + packed(normalizer))
+        tokenizer, counts = load_tokenizer(folder), Counter()
+        for word, n in words.items():
+            counts.update({names[i]: n for i in tokenizer.pieces(word.removeprefix("▁"))})
+
+
+def packed(content: bytes) -> bytes:
+    """A protobuf field's content with its length before it, seven bits a byte."""
+    length, head = len(content), b""
+    while length > 127:
+        head, length = head + bytes([length & 127 | 128]), length >> 7
+    return head + bytes([length]) + content
+
+
 # ---- all of it ----------------------------------------------------------------------------------------------------
 
 FOLDER = "miniature"
-PICTURE_TASKS, VIDEO_TASKS = ([task for task, row in TASKS.items() if row.video == video] for video in (False, True))
-PIECES = {  # of the miniature world: who makes it, for which tasks
-    "datasets/COCO": (write_coco, ["vqa", "caption"]), "datasets/vqa": (write_vqa, ["vqa"]),
-    "datasets/GQA": (write_gqa, ["gqa"]), "datasets/nlvr": (write_nlvr, ["nlvr"]),
-    "datasets/video": (write_videos, VIDEO_TASKS), "weights/RN-mini.pt": (write_clip, list(TASKS)),
-    "weights/bart-mini": (write_bart, PICTURE_TASKS),
-    "weights/bart-mini-video": (partial(write_bart, write_text=video_text, steps=1500), VIDEO_TASKS)}
+DATA = {  # who draws it, for which tasks
+    "COCO": (write_coco, ["vqa", "caption"]), "vqa": (write_vqa, ["vqa"]), "GQA": (write_gqa, ["gqa"]),
+    "nlvr": (write_nlvr, ["nlvr"]), "video": (write_videos, ["tvqa", "how2qa", "tvc", "yc2c"])}
 
 
-def world(tasks: list[str], folder: str | Path = FOLDER) -> dict:
+def world(tasks: list[str], family: str = "bart", folder: str | Path = FOLDER) -> dict:
     """Draws and trains what the tasks need and is not there yet; returns the flags of train.py that suit this world.
 
     Of those, `faster` is what the paper's learning rate is multiplied by: a smaller model takes larger steps. Each piece
     is made under another name and moved into place when it is whole, so a killed run leaves no half of one.
     """
-    folder = Path(folder)
-    for name, (write, needed) in PIECES.items():
-        if not (folder / name).exists() and set(needed) & set(tasks):
+    folder, video = Path(folder), TASKS[tasks[0]].video
+    suits = {"backbone": f"{family}-mini", "epochs": 8 if "nlvr" in tasks else 5, "batch": 64, "faster": 3}
+    learn = partial(write_language_model, family=family)
+    if video:
+        suits = {"backbone": f"{family}-mini-video", "epochs": 10, "batch": 32, "faster": 6}
+        learn = partial(learn, write_text=video_text, steps=1000)
+    pieces = {f"datasets/{name}": write for name, (write, needed) in DATA.items() if set(needed) & set(tasks)}
+    for name, write in (pieces | {"weights/RN-mini.pt": write_clip, f"weights/{suits['backbone']}": learn}).items():
+        if not (folder / name).exists():
             unfinished = folder / f"{name}.unfinished"
             if unfinished.is_dir():
                 shutil.rmtree(unfinished)
             unfinished.parent.mkdir(parents=True, exist_ok=True)
             write(unfinished)
             unfinished.rename(folder / name)
-    suits = {"backbone": "bart-mini", "epochs": 8 if "nlvr" in tasks else 5, "batch": 64, "faster": 3}
-    if TASKS[tasks[0]].video:
-        suits = {"backbone": "bart-mini-video", "epochs": 10, "batch": 32, "faster": 6}
     return {"data": str(folder / "datasets"), "weights": str(folder / "weights"), "vision": "RN-mini"} | suits
 
 

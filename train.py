@@ -28,8 +28,10 @@ from tqdm import tqdm
 import toy
 from adapters import METHODS, select, trainable
 from data import TASKS, batch_size, mixture, report_problems, task_list, write_atomically
-from evaluate import (PROBLEMS, RunError, answer, build_model, check_weights, load_run_weights, load_state, open_corpora,
-                      open_eye, pick_device, print_scores, read_run, run_weights, score, weight_hashes)
+from evaluate import (PROBLEMS, RunError, answer, build_model, check_weights, family, load_run_weights, load_state,
+                      open_corpora, open_eye, pick_device, print_scores, read_run, run_weights, score, weight_hashes,
+                      weight_path)
+from model import FAMILIES
 
 WARMUP, CLIP, DECAY = 0.1, 5.0, 0.01                    # the paper's: share of the steps, norm of the gradient, decay
 SAVE_EVERY = 1000                                       # steps, besides the end of each epoch
@@ -254,7 +256,8 @@ def parse() -> argparse.Namespace:
     files = parser.add_argument_group("files (without --data and --weights: the built-in miniature world)")
     files.add_argument("--data", metavar="DIR", help="data sets; `python data.py --data DIR` looks at them")
     files.add_argument("--weights", metavar="DIR", help="pre-trained weights: DIR/bart-base/, DIR/RN101.pt")
-    files.add_argument("--backbone", metavar="NAME", help="folder in --weights (default: bart-base)")
+    files.add_argument("--backbone", metavar="NAME", help="folder in --weights, such as t5-base (default: bart-base; without "
+                       "--weights bart or t5)")
     files.add_argument("--vision", metavar="NAME", help="CLIP in --weights, or features in DIR/video/vis_features/*/ "
                        "(default: RN101; for videos clip-vit)")
     files.add_argument("--allow-missing", action="store_true", default=None,
@@ -263,13 +266,19 @@ def parse() -> argparse.Namespace:
     files.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped, with its flags")
     how = parser.add_argument_group("how")
     how.add_argument("--epochs", type=int, metavar="N", help="default: 20; videos: 7")
-    how.add_argument("--batch", type=int, metavar="N", help="examples a step, over all processes (default: 500; videos: 50)")
+    how.add_argument("--batch", type=int, metavar="N", help="examples a step, over all processes (default: 500, "
+                     "T5 300; videos 50 and 30)")
     how.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default: the first method's)")
     how.add_argument("--seed", type=int, metavar="N", help="default: 9595, as the authors'")
     how.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is one)")
     how.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
+    how.add_argument("--fp16", action="store_true", help=argparse.SUPPRESS)
     how.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if vars(args).pop("fp16"):
+        parser.error("--fp16 is not built: T5's hidden states overflow half precision (inf, then NaN), "
+                     "and bfloat16, --bf16, needs no loss scaling")
+    return args
 
 
 def sizes(text: str) -> dict:
@@ -295,13 +304,20 @@ def complete(given: dict, device: torch.device, world: int) -> dict:
     flags = dict(method=method, tasks=tasks, share=share, sites=None, sizes={}, prompts=True, backbone="bart-base",
                  vision="clip-vit" if video else "RN101", epochs=7 if video else 20, batch=50 if video else 500,
                  seed=9595, bf16=cuda, compile=cuda, allow_missing=False, lr=lr)
+    given = {name: value for name, value in given.items() if name not in ("out", "device")}
     if "data" not in given:
+        kind = given.pop("backbone", "bart")
+        if kind not in FAMILIES:
+            raise RunError(f"the miniature world has the backbones {' and '.join(FAMILIES)}, not {kind}; "
+                           "for others give --data and --weights")
         say(f"no --data given: the built-in miniature world, drawn and trained into {toy.FOLDER} on its first use")
         with first(world):
-            miniature = toy.world(tasks)
+            miniature = toy.world(tasks, kind)
         flags["lr"] *= miniature.pop("faster")
         flags |= miniature
-    flags |= {name: value for name, value in given.items() if name not in ("out", "device")}
+    elif family(weight_path(flags | given, (flags | given)["backbone"])) == "t5":
+        flags["batch"] = 30 if video else 300
+    flags |= given
     if flags["batch"] < 1 or flags["epochs"] < 1 or flags["lr"] <= 0 or not 0 <= flags["seed"] < 2 ** 31:
         raise RunError("--batch, --epochs and --lr are positive numbers, --seed is one from 0 to 2147483647")
     return flags

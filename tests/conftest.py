@@ -23,5 +23,6 @@ def tiny(tmp_path_factory) -> Path:
     toy.write_nlvr(folder / "datasets" / "nlvr", {"train": 6, "dev": 4, "test1": 3})
     toy.write_videos(folder / "datasets" / "video", {"train": 6, "val": 3, "test": 2})
     toy.write_clip(folder / "weights" / "RN-mini.pt", steps=1, count=8, batch=4)
-    toy.write_bart(folder / "weights" / "bart-mini", toy.video_text, steps=1, batch=4)
+    for family in ("bart", "t5"):
+        toy.write_language_model(folder / "weights" / f"{family}-mini", family, toy.video_text, steps=1, batch=4)
     return folder

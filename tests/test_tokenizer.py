@@ -343,3 +343,12 @@ def test_a_truncated_model_is_refused_wherever_it_ends(tmp_path):
     for size in range(len(model)):
         with pytest.raises(VocabularyError):
             Unigram(write_model(tmp_path, model[:size]))
+
+
+def test_the_miniature_worlds_model_is_one_to_sentencepiece_too(tiny):
+    folder = tiny / "weights" / "t5-mini"
+    ours, theirs = load_tokenizer(folder), sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    texts = ["Is there a red star?", "caption: two small blue stars on the left.", "a0: bowl. a1: Ann.", "no é"]
+    assert [ours.pieces(text) for text in texts] == theirs.encode(texts)
+    assert [ours.decode(ours.pieces(text)) for text in texts] == [theirs.decode(theirs.encode(text)) for text in texts]
+    assert len(ours.pieces("triangle")) == 1, "common words are one piece"

@@ -82,11 +82,25 @@ def test_training_lowers_the_loss_and_full_trains_everything(tiny, tmp_path):
 
 
 def test_flags_of_the_paper_are_the_defaults(tmp_path):
-    given = {"data": "d", "weights": "w"}
-    cpu = torch.device("cpu")
+    for name, kind in ("bart-base", "bart"), ("t5-base", "t5"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    given, cpu = {"data": "d", "weights": str(tmp_path)}, torch.device("cpu")
     flags = train.complete(given | {"method": "adapter", "share": "none"}, cpu, 1)
     assert (flags["lr"], flags["batch"], flags["epochs"], flags["backbone"]) == (3e-4, 500, 20, "bart-base")
+    assert flags["tasks"] == ["vqa", "gqa", "nlvr", "caption"]
     assert train.complete(given | {"method": "full"}, cpu, 1)["lr"] == 1e-4
+    flags = train.complete(given | {"method": "lora", "backbone": "t5-base", "tasks": ["tvqa"]}, cpu, 1)
+    assert (flags["lr"], flags["batch"], flags["epochs"], flags["vision"]) == (3e-4, 30, 7, "clip-vit")
+
+
+def test_every_method_trains_on_t5(tiny, tmp_path, capsys):
+    for method in ("adapter", "lora", "bitfit", "hyperformer", "compacter", "prompt", "full"):
+        words = [*flags_of(tiny), "--backbone", "t5-mini", "--method", method, "--tasks", "gqa", "--epochs", 1, "--batch", 12]
+        assert command(*words, *(["--bf16"] if method == "adapter" else []), "--out", tmp_path / method) == 0
+        losses = [json.loads(line) for line in (tmp_path / method / "log.jsonl").read_text().splitlines()]
+        assert all(line["loss"] < 100 for line in losses if "loss" in line), "finite"
+    assert "adapter (all)" in capsys.readouterr().out
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -203,6 +217,7 @@ BAD_INPUT = {
     "unknown size": ((), ["--sizes", "bottleneck=3"], "unknown size of adapter: 'bottleneck'; known are reduction"),
     "unknown site": ((), ["--sites", "nowhere"], "unknown site: 'nowhere' is nowhere among the places"),
     "abbreviated flag": ((), ["--meth", "adapter"], "unrecognized arguments: --meth"),
+    "half precision": ((), ["--fp16"], "T5's hidden states overflow half precision"),
     "no such weights": ((), ["--backbone", "bart-large"], "no weights called bart-large in"),
     "no such device": ((), ["--device", "nonsense"], "device 'nonsense' cannot be used"),
     "pictures and videos": ((), ["--tasks", "vqa,tvqa"], "see features of different kinds: train them apart"),
