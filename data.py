@@ -549,23 +549,27 @@ def normalise(pictures: torch.Tensor) -> torch.Tensor:
     return ((pictures / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
+def ahead(work: Callable, items: Iterable, depth: int, threads: int | None = None) -> Iterator:
+    """work(item) of each item, in order, done by threads that are up to `depth` items ahead."""
+    items = iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = deque(pool.submit(work, item) for item in islice(items, depth))
+        while jobs:
+            yield jobs.popleft().result()
+            jobs.extend(pool.submit(work, item) for item in islice(items, 1))
+
+
 def load_ahead(paths: Iterable[Path], load: Callable[[Path], np.ndarray], size: int) -> Iterator[list]:
-    """Lists of `size` loaded files, or of the DataError in the place of a broken one; threads read ahead."""
+    """Lists of `size` loaded files, or of the DataError in the place of a broken one."""
     def attempt(path):
         try:
             return load(path)
         except DataError as problem:
             return problem
 
-    paths = iter(paths)
-    with ThreadPoolExecutor() as threads:
-        ahead = deque()
-        while True:
-            while len(ahead) < 3 and (part := list(islice(paths, size))):
-                ahead.append([threads.submit(attempt, path) for path in part])
-            if not ahead:
-                return
-            yield [future.result() for future in ahead.popleft()]
+    loaded = ahead(attempt, paths, 3 * size)
+    while part := list(islice(loaded, size)):
+        yield part
 
 
 # ---- the store of features ----------------------------------------------------------------------------------------
@@ -670,7 +674,8 @@ class Corpus:
         return len(self.examples)
 
     def batch(self, indices: np.ndarray, size: int, seed=None, part: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """Examples as tensors: ids [size, T], features [size, pictures, tokens, channels]; with a seed labels, weights.
+        """Examples as tensors: ids [size, T], features [size, pictures, tokens, channels]; with a seed what
+        `Model.loss` takes besides.
 
         Each example draws one of its answers with a chance in proportion to its weight, which also weighs its loss.
         Where there are fewer examples than `size`, rows of weight 0 fill up. `part` picks the rows of one process.
@@ -687,8 +692,9 @@ class Corpus:
                 weights = weights * (labels != -100).sum(1) / (labels[:real] != -100).sum(1).mean()
             weights = weights * size / real                                     # the mean is over real rows
             weights[real:] = 0
-            batch |= {"labels": torch.from_numpy(labels[part].astype(np.int64)),
-                      "weights": torch.from_numpy(weights[part].astype(np.float32))}
+            labels = torch.from_numpy(labels[part].astype(np.int64))
+            batch |= {"labels": labels, "weights": torch.from_numpy(weights[part].astype(np.float32)),
+                      "places": (labels.flatten() != -100).nonzero()[:, 0]}
         return batch
 
 

@@ -45,7 +45,7 @@ from tokenizer import BPE, Unigram, VocabularyError, load_tokenizer
 
 
 FLAGS = ("method", "tasks", "share", "sites", "sizes", "prompts", "data", "weights", "backbone", "vision", "epochs",
-         "batch", "lr", "seed", "bf16", "compile", "allow_missing")         # of train.py, kept in a run's config.json
+         "batch", "accumulate", "lr", "seed", "bf16", "compile", "recompute", "allow_missing")  # of train.py, in config.json
 
 
 class RunError(ValueError):
@@ -560,7 +560,7 @@ def decide(model: Model, tokenizer: BPE | Unigram, choices: tuple[str, ...], ids
     before = tokenizer.encode(choices[0])
     before = [model.config.start, *before[:before.index(words[0])]]                         # BART's answers begin with <s>
     memory, mask = model.encode(ids, features)
-    logits = model.decode(ids.new_tensor(before).expand(len(ids), -1), memory, mask)[:, -1]
+    logits = model.logits(model.decode(ids.new_tensor(before).expand(len(ids), -1), memory, mask)[:, -1])
     return [choices[i] for i in logits[:, words].argmax(1).tolist()]
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ADDED_WORDS = 200  # <extra_id_*> and <vis_extra_id_*>: new rows of the word table; the last ones number visual tokens
 VISUAL_SIDE = 6    # pictures are pooled to 6 x 6 visual tokens (section 4.1 of the paper: 36)
@@ -338,6 +339,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.final_dropout = nn.Dropout(config.dropout if config.prenorm else 0.0)
         self.layers = nn.ModuleList(Layer(config, cross) for _ in range(layers))
+        self.recompute = False                          # in training keep only what enters each layer: less memory
 
     def embed(self, words, at):
         """Word embeddings [batch, T, d_model] at the positions [T], with the prompt before them."""
@@ -346,7 +348,8 @@ class Stack(nn.Module):
     def forward(self, x, mask, memory=None, memory_mask=None, cache=None):
         x = self.dropout(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, memory, memory_mask, cache.layers[i] if cache else (None, None))
+            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and self.training else layer
+            x = run(x, mask, memory, memory_mask, cache.layers[i] if cache else (None, None))
         return self.final_dropout(self.final_norm(x))
 
 
@@ -372,10 +375,10 @@ class VisualTokens(nn.Module):
     def forward(self, features, word_table):
         """features [batch, pictures, tokens, feature_dim] to [batch, pictures x tokens, d_model]."""
         pictures, tokens = features.shape[1:3]
-        # In the precision of the words: autocast sees to it for LayerNorm, but not for RMSNorm.
-        feature, box = (x.to(word_table.dtype) for x in (self.feature(features), self.box(features.new_zeros(5))))
         place = word_table[-tokens:].flip(0)                      # token o has the row vocab - 1 - o  [tokens, d_model]
         number = self.picture.weight[:pictures, None]                                       # [pictures, 1, d_model]
+        # Not in autocast's precision, which it sees to for LayerNorm, but not for RMSNorm.
+        feature, box = (x.to(number.dtype) for x in (self.feature(features), self.box(features.new_zeros(5))))
         return (self.feature_norm(feature) + self.box_norm(box) + number + place).flatten(1, 2)
 
 
@@ -397,38 +400,52 @@ class Model(nn.Module):
 
         Returns memory [batch, S, d_model] of [prompt; text; visual] and its mask [batch, 1, 1, S], True where to look.
         """
-        text = self.encoder.embed(self.words(ids), torch.arange(ids.size(1), device=ids.device))
+        text = self.encoder.embed(self.embed(ids), torch.arange(ids.size(1), device=ids.device))
         visual = self.visual(features, self.words.weight)                                   # [batch, V, d_model]
         prompt = text.size(1) - ids.size(1)
         mask = F.pad(ids != self.config.pad, (prompt, visual.size(1)), value=True)[:, None, None]
         at = torch.arange(text.size(1), device=ids.device)                                  # the prompt counts as text
         return self.encoder(torch.cat([text, visual], 1), self.encoder.positions.bias(mask, at, at)), mask
 
+    def embed(self, ids):
+        """Word embeddings [..., d_model], and with them all hidden states, in the precision of what is trained."""
+        return self.words(ids).to(self.visual.picture.weight.dtype)
+
     def decode(self, ids, memory, memory_mask, cache=None):
-        """Answer ids so far [rows, T] to logits [rows, T, vocab]. With a cache, ids are the words at `cache.step`."""
+        """Answer ids so far [rows, T] to hidden states [rows, T, d_model]. With a cache, ids are those at `cache.step`."""
         keys = torch.arange(ids.size(1) if cache is None else cache.max_length, device=ids.device)
         queries = keys if cache is None else cache.step
         mask = (keys <= queries[:, None])[None, None]                                       # [1, 1, T, keys]
-        x = self.decoder.embed(self.words(ids), queries)
-        x = self.decoder(x, self.decoder.positions.bias(mask, queries, keys), memory, memory_mask, cache)
-        return F.linear(x * self.config.head_scale, self.words.weight, self.logits_bias.to(x.dtype))
+        x = self.decoder.embed(self.embed(ids), queries)
+        return self.decoder(x, self.decoder.positions.bias(mask, queries, keys), memory, memory_mask, cache)
 
-    def forward(self, ids, features, labels):
-        """Logits [batch, L, vocab] for labels [batch, L], which are -100 behind their end."""
+    def logits(self, hidden):
+        """[..., d_model] to [..., vocab]."""
+        return F.linear(hidden * self.config.head_scale, self.words.weight, self.logits_bias.to(hidden.dtype))
+
+    def answer(self, ids, features, labels):
+        """The decoder's hidden states [batch, L, d_model] for labels [batch, L], which are -100 behind their end."""
         memory, mask = self.encode(ids, features)
         inputs = labels.masked_fill(labels == -100, self.config.pad).roll(1, 1)
         inputs[:, 0] = self.config.start
         return self.decode(inputs, memory, mask)
 
-    def loss(self, ids, features, labels, weights):
+    def forward(self, ids, features, labels):
+        """Logits [batch, L, vocab]."""
+        return self.logits(self.answer(ids, features, labels))
+
+    def loss(self, ids, features, labels, weights, places=None):
         """Mean over the batch of weight x mean cross entropy over the tokens of the answer.
 
         weights [batch]: VQA's is the score of the drawn answer; a token mean over the whole batch, as for captions, is
         the weight (tokens of the answer) x batch / (tokens of the batch); a row that only fills up the batch has 0.
+        places: where the flat labels are not -100, for only there logits are made; to find out takes a device's time.
         """
-        logits = self(ids, features, labels)
-        tokens = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
-        return (weights * tokens.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
+        hidden, flat = self.answer(ids, features, labels).flatten(0, 1), labels.flatten()
+        places = (flat != -100).nonzero()[:, 0] if places is None else places
+        tokens = F.cross_entropy(self.logits(hidden[places]).float(), flat[places], reduction="none")
+        sums = tokens.new_zeros(len(labels)).index_add(0, places // labels.size(1), tokens)
+        return (weights * sums / (labels != -100).sum(1).clamp(min=1)).mean()
 
 
 def start(module: nn.Module, embedding_std: float):
@@ -488,7 +505,7 @@ def generate(model: Model, ids, features, beams: int = 1, max_length: int = 20):
 
     def next_logits(words):                                                                 # [rows, t] -> [rows, vocab]
         cache.step.fill_(words.size(1) - 1)
-        logits = model.decode(words[:, -1:], memory, mask, cache)[:, 0].float()
+        logits = model.logits(model.decode(words[:, -1:], memory, mask, cache)[:, 0]).float()
         return force(model.config, logits, words.size(1), max_length)
 
     if beams == 1:

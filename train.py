@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import toy
 from adapters import METHODS, select, trainable
-from data import TASKS, batch_size, mixture, report_problems, task_list, write_atomically
+from data import TASKS, ahead, batch_size, mixture, report_problems, task_list, write_atomically
 from evaluate import (PROBLEMS, RunError, answer, build_model, check_weights, family, load_run_weights, load_state,
                       open_corpora, open_eye, pick_device, print_scores, read_run, run_weights, score, weight_hashes,
                       weight_path)
@@ -71,12 +72,16 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
     say(f"{flags['method']} ({flags['share']}): {filled} places, trains {count:,} of {total:,} weights, "
         f"{100 * count / total:.2f} %")
 
+    model.encoder.recompute = model.decoder.recompute = flags["recompute"]
+    if flags["bf16"]:
+        keep_in_bf16(model)
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": DECAY},
               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-6, fused=True)
-    sizes = {task: batch_size(task, flags["batch"]) for task in corpora}
-    rows = {task: -(-size // world) * world for task, size in sizes.items()}                # filled up for all processes
-    part = slice(rank(), None, world)
+    sizes = {task: batch_size(task, flags["batch"] * flags["accumulate"]) for task in corpora}
+    each = world * flags["accumulate"]                  # a batch has as many parts, and is filled up for them
+    rows = {task: -(-size // each) * each for task, size in sizes.items()}
+    parts = [slice(rank() + world * i, None, each) for i in range(flags["accumulate"])]
     per_epoch = sum(-(-len(corpus) // sizes[task]) for task, corpus in corpora.items())
     steps, step, best, loss_of = per_epoch * flags["epochs"], 0, -1.0, model.loss
     if (run / "last.pt").exists():
@@ -84,35 +89,44 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
         say(f"resumed at step {step:,} of {steps:,}")
     if rank() == 0:
         trim_log(run, step)
-    if flags["compile"]:
-        loss_of = compiled(model, corpora, rows, part, flags["bf16"])
 
+    def prepare(job: tuple):
+        """The parts of one batch, on a thread of its own while the device computes."""
+        number, task, indices = job
+        made = [corpora[task].batch(indices, rows[task], f"{flags['seed']} {number}", part) for part in parts]
+        return task, [{k: x.pin_memory() for k, x in batch.items()} for batch in made] if device.type == "cuda" else made
+
+    if flags["compile"]:
+        loss_of = compiled(model, corpora, rows, parts[0], flags["bf16"])
     for epoch in range(step // per_epoch, flags["epochs"]):
         model.train()
         batches, began, shown = mixture(corpora, sizes, flags["seed"], epoch), step, torch.zeros((), device=device)
+        jobs = ((step + i, *batch) for i, batch in enumerate(batches[step % per_epoch:]))
         bar = tqdm(desc=f"epoch {epoch + 1}/{flags['epochs']}", initial=step % per_epoch, total=per_epoch, unit=" steps",
                    disable=rank() > 0)
-        for task, indices in batches[step % per_epoch:]:
+        clock = Clock()
+        for task, made in clock.waiting(ahead(prepare, list(jobs), 3, threads=1)):
             # ---- the whole of training
-            batch = corpora[task].batch(indices, rows[task], f"{flags['seed']} {step}", part)
-            batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, flags["lr"])
             torch.manual_seed(flags["seed"] << 32 | step << 8 | rank())                     # dropout
             select(model, task)
-            with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
-                loss = loss_of(**batch | {"features": batch["features"].float()})
-            loss.backward()
+            for batch in made:
+                batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+                with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
+                    loss = loss_of(**batch | {"features": batch["features"].float()}) / len(made)
+                loss.backward()
+                shown += loss.detach()
             if world > 1:
                 average(parameters, world)
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             optimizer.zero_grad()
             # ---- what is shown and kept of it
-            step, shown = step + 1, shown + loss.detach()
+            step += 1
             bar.update()
             if step % SHOW_EVERY == 0 or step % per_epoch == 0:
-                log(run, bar, step, shown.item() / (step - began))
+                log(run, bar, step, shown.item() / (step - began), clock)
                 began, shown = step, torch.zeros((), device=device)
             if step % SAVE_EVERY == 0 and step % per_epoch != 0:
                 save(run, model, optimizer, step, best)
@@ -127,6 +141,34 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
             save(run, model, None, step, best)
         save(run, model, optimizer, step, best)
     finish(run, flags)
+
+
+def keep_in_bf16(model):
+    """Frozen matrices in the precision they are multiplied in, or autocast would convert each of them at every step."""
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Linear)] + [model.words]
+    for module in tables:
+        if not module.weight.requires_grad:
+            module.weight.data = module.weight.data.bfloat16()
+
+
+class Clock:
+    """Which share of the time went by waiting for data."""
+
+    def __init__(self):
+        self.began, self.waited = time.perf_counter(), 0.0
+
+    def waiting(self, items):
+        items = iter(items)
+        while True:
+            asked = time.perf_counter()
+            item = next(items, None)
+            self.waited += time.perf_counter() - asked
+            if item is None:
+                return
+            yield item
+
+    def __str__(self):
+        return f"{100 * self.waited / (time.perf_counter() - self.began):.1f} %"
 
 
 def compiled(model, corpora, rows: dict, part: slice, bf16: bool):
@@ -180,10 +222,10 @@ def append(run: Path, record: dict):
         file.write(json.dumps(record) + "\n")
 
 
-def log(run: Path, bar, step: int, loss: float):
+def log(run: Path, bar, step: int, loss: float, clock: Clock):
     if not loss < float("inf"):
         raise RunError(f"the loss is {loss} at step {step:,}: try a lower --lr; what was saved before lies in {run}")
-    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    bar.set_postfix(loss=f"{loss:.3f}", waiting=str(clock), refresh=False)
     if rank() == 0:
         append(run, {"step": step, "loss": loss})
 
@@ -268,6 +310,9 @@ def parse() -> argparse.Namespace:
     how.add_argument("--epochs", type=int, metavar="N", help="default: 20; videos: 7")
     how.add_argument("--batch", type=int, metavar="N", help="examples a step, over all processes (default: 500, "
                      "T5 300; videos 50 and 30)")
+    how.add_argument("--accumulate", type=int, metavar="N", help="batches whose gradients make one step (default: 1)")
+    how.add_argument("--recompute", action="store_true", default=None,
+                     help="activation checkpointing: less memory, about a third more time")
     how.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default: the first method's)")
     how.add_argument("--seed", type=int, metavar="N", help="default: 9595, as the authors'")
     how.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is one)")
@@ -303,7 +348,7 @@ def complete(given: dict, device: torch.device, world: int) -> dict:
     lr = row.lr_videos if video else row.lr_per_task if share != "all" and row.lr_per_task else row.lr
     flags = dict(method=method, tasks=tasks, share=share, sites=None, sizes={}, prompts=True, backbone="bart-base",
                  vision="clip-vit" if video else "RN101", epochs=7 if video else 20, batch=50 if video else 500,
-                 seed=9595, bf16=cuda, compile=cuda, allow_missing=False, lr=lr)
+                 accumulate=1, seed=9595, bf16=cuda, compile=cuda, recompute=False, allow_missing=False, lr=lr)
     given = {name: value for name, value in given.items() if name not in ("out", "device")}
     if "data" not in given:
         kind = given.pop("backbone", "bart")
@@ -318,8 +363,10 @@ def complete(given: dict, device: torch.device, world: int) -> dict:
     elif family(weight_path(flags | given, (flags | given)["backbone"])) == "t5":
         flags["batch"] = 30 if video else 300
     flags |= given
-    if flags["batch"] < 1 or flags["epochs"] < 1 or flags["lr"] <= 0 or not 0 <= flags["seed"] < 2 ** 31:
-        raise RunError("--batch, --epochs and --lr are positive numbers, --seed is one from 0 to 2147483647")
+    if min(flags["batch"], flags["accumulate"], flags["epochs"]) < 1 or flags["lr"] <= 0:
+        raise RunError("--batch, --accumulate, --epochs and --lr are positive numbers")
+    if not 0 <= flags["seed"] < 2 ** 31:
+        raise RunError("--seed is a number from 0 to 2147483647")
     return flags
 
 

@@ -614,7 +614,7 @@ def test_the_cache_changes_nothing():
     memory, mask = model.encode(ids, features)
     words = torch.full((50, 1), END)
     while words.size(1) < 12:
-        best = model.decode(words, memory, mask)[:, -1].argmax(-1) if words.size(1) < 11 else torch.full((50,), END)
+        best = model.logits(model.decode(words, memory, mask))[:, -1].argmax(-1) if words.size(1) < 11 else torch.full((50,), END)
         ended = (words[:, 1:] == END).any(1)
         words = torch.cat([words, best.masked_fill(ended, PAD)[:, None]], 1)
     said = generate(model, ids, features, beams=1, max_length=12)
@@ -632,7 +632,7 @@ def test_a_beam_as_wide_as_the_language_finds_the_best_sentence(penalty):
 
     def score(words, memory, mask):
         said = [END, *words] if len(words) == 3 else [END, *words, END]                     # cut, or ended
-        logs = model.decode(torch.tensor([said]), memory, mask)[0].log_softmax(-1)
+        logs = model.logits(model.decode(torch.tensor([said]), memory, mask))[0].log_softmax(-1)
         return sum(logs[i, word] for i, word in enumerate(said[1:])) / (len(words) + 1) ** penalty
 
     for row, said in zip(range(4), generate(model, ids, features, beams=27, max_length=4).tolist()):

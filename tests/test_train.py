@@ -183,6 +183,26 @@ def test_two_processes_end_with_the_weights_of_one(tiny, tmp_path):
     assert same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"), 1e-6)
 
 
+def test_accumulated_or_recomputed_gradients_are_those_of_the_whole_batch(tiny, tmp_path):
+    words = ["--method", "adapter", "--tasks", "vqa,nlvr,caption", "--epochs", "2", "--lr", "1e-3", *flags_of(tiny)]
+    assert command(*words, "--batch", 12, "--out", tmp_path / "whole") == 0
+    assert command(*words, "--batch", 3, "--accumulate", 4, "--out", tmp_path / "parts") == 0
+    assert command(*words, "--batch", 12, "--recompute", "--out", tmp_path / "recomputed") == 0
+    assert same(final_weights(tmp_path / "parts"), final_weights(tmp_path / "whole"), 1e-6)
+    assert same(final_weights(tmp_path / "recomputed"), final_weights(tmp_path / "whole"), 1e-6)
+
+
+def test_bf16_keeps_frozen_matrices_in_bf16_and_trains_like_fp32(tiny, tmp_path):
+    words = ["--method", "lora", "--tasks", "vqa", "--epochs", "1", "--batch", "12", "--lr", "1e-3", *flags_of(tiny)]
+    losses = {}
+    for flag in "--bf16", "--no-bf16":
+        assert command(*words, flag, "--out", tmp_path / flag) == 0
+        log = [json.loads(line) for line in (tmp_path / flag / "log.jsonl").read_text().splitlines()]
+        losses[flag] = [line["loss"] for line in log if "loss" in line]
+        assert all(x.dtype == torch.float32 for x in final_weights(tmp_path / flag).values() if x.dtype != torch.bfloat16)
+    assert losses["--bf16"] == pytest.approx(losses["--no-bf16"], rel=1e-2)
+
+
 # ---- bad input: one sentence, exit code 2 -------------------------------------------------------------------------
 
 
@@ -224,7 +244,7 @@ BAD_INPUT = {
     "video missing": ((Path.unlink, "datasets/video/videos/yc2/a_-0001_1.mp4"), ["--tasks", "yc2c"], "1 of 9 videos are missing below"),
     "video truncated": ((lambda p: truncate(p, 900), "datasets/video/videos/yc2/a_-0001_1.mp4"), ["--tasks", "yc2c"],
                         "1 of 9 videos are unreadable, the first"),
-    "batch of nothing": ((), ["--batch", "0"], "--batch, --epochs and --lr are positive numbers"),
+    "batch of nothing": ((), ["--batch", "0"], "--batch, --accumulate, --epochs and --lr are positive numbers"),
     "bart truncated": ((truncate, BART), [], "pytorch_model.bin is truncated or not a weight file"),
     "bart misshapen": ((misshape, BART), [], "model.encoder.layers.0.fc1.weight is [3, 3], expected [256, 128]"),
     "bart hostile": ((hostile, BART), [], "pytorch_model.bin is truncated or not a weight file"),
