@@ -39,8 +39,8 @@ from adapters import install, select, trainable
 from data import (FOLDERS, FRAMES, TASKS, VIDEOS, Corpus, DataError, Example, FeatureStore, Task, choose_from, encode,
                   find_files, fit_frames, load_features, load_picture, load_video, normalise, read_examples,
                   report_problems, task_list, vqa_normal_form, write_atomically)
-from model import (ADDED_WORDS, VISUAL_SIDE, CLIPResNet, Model, WeightsError, generate, load_backbone, load_clip, pool,
-                   read_json)
+from model import (ADDED_WORDS, VISUAL_SIDE, CLIPResNet, Model, WeightsError, fold_norms, generate, load_backbone,
+                   load_clip, pool, read_json)
 from tokenizer import BPE, Unigram, VocabularyError, load_tokenizer
 
 
@@ -399,7 +399,7 @@ class Eye:
     def __init__(self, flags: dict, device: torch.device):
         path = weight_path(flags, flags["vision"])
         self.hash, self.device = file_hash(path), device
-        self.encoder: CLIPResNet = load_clip(path).to(device, memory_format=torch.channels_last)
+        self.encoder: CLIPResNet = fold_norms(load_clip(path)).to(device, memory_format=torch.channels_last)
         self.resolution = 224                               # the paper's, whatever CLIP was trained on: a 7 x 7 grid
 
     def channels(self, video: bool) -> int:
@@ -419,8 +419,10 @@ class Eye:
         return torch.stack([fit_frames(x) for x in seen.split([len(x) for x in loaded])]) if video else seen
 
     def see(self, pictures: torch.Tensor, pooled: bool) -> torch.Tensor:
-        grid = self.encoder(normalise(pictures).contiguous(memory_format=torch.channels_last))
-        return self.encoder.attnpool(grid) if pooled else pool(grid)
+        pixels = normalise(pictures).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            grid = self.encoder(pixels)
+            return (self.encoder.attnpool(grid) if pooled else pool(grid)).float()
 
 
 class Released:
@@ -637,8 +639,8 @@ def save_gallery(path: Path, data: Path, corpora: dict[str, Corpus], predictions
         for i in drawn:
             e, said = corpus.examples[i], predictions[task][i]
             people = Counter(e.truth.get("references") or e.truth.get("answers") or [e.truth["answer"]])
-            truth = ", ".join(f"{text} ({count})" if "answers" in e.truth else str(text)
-                              for text, count in people.most_common())
+            truth = " / ".join(f"{text} ({count})" if "answers" in e.truth else str(text)
+                               for text, count in people.most_common())
             images = "".join(f'<img src="{source}" alt="">' for name in e.pictures if name in paths
                              for source in thumbnails(paths[name], TASKS[task].video))
             text = re.sub(r" (?=\[(TS|Choices)\]|a\d: )", "<br>", html.escape(e.text.removeprefix("[Q] ")))
@@ -794,10 +796,12 @@ def main():
             shuffle_pictures(corpus)
         predictions[task] = answer_all(corpus=corpus)
     scores = {task: score(task, corpus.examples, predictions[task]) for task, corpus in corpora.items()}
-    for task, corpus in corpora.items():
-        if args.java and "CIDEr" in scores[task]:
-            scores[task] |= java_scores(corpus.examples, predictions[task])
+    captioned = [task for task in scores if "CIDEr" in scores[task]]
+    for task in captioned if args.java else ():
+        scores[task] |= java_scores(corpora[task].examples, predictions[task])
     print_scores(scores, f"{args.split}{', shuffled' * args.shuffle}")
+    if captioned and not args.java:
+        print(f"{'':24}METEOR and SPICE are left out; --java adds them where pycocoevalcap and Java are installed")
     if not args.shuffle:
         for task, corpus in corpora.items():
             path = args.run / f"predictions_{task}_{args.split}{METRICS[TASKS[task].metric].suffix}"

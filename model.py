@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 ADDED_WORDS = 200  # <extra_id_*> and <vis_extra_id_*>: new rows of the word table; the last ones number visual tokens
@@ -193,6 +194,16 @@ class CLIPResNet(nn.Module):
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)                                # [B, width, H/4, W/4]
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+def fold_norms(encoder: CLIPResNet) -> CLIPResNet:
+    """The same encoder for use, not for training: each BatchNorm becomes a part of the convolution before it."""
+    for module in list(encoder.modules()):
+        parts = module._modules
+        for conv, norm in ("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"):
+            if isinstance(parts.get(norm), nn.BatchNorm2d):
+                parts[conv], parts[norm] = fuse_conv_bn_eval(parts[conv], parts[norm]), nn.Identity()
+    return encoder
 
 
 def pool(grid, side: int = VISUAL_SIDE):

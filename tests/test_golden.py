@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from adapters import select, trainable
 from evaluate import decide
-from model import RelativePositions, generate, load_clip, pool
+from model import RelativePositions, fold_norms, generate, load_clip, pool
 from original import FOLDER, Recorded, cases, distance, features, tiny_config
 
 TASK_CASES = [path for task in ("vqa", "gqa", "nlvr", "caption", "tvqa") for path in cases(task)]
@@ -137,6 +137,8 @@ def test_clip_resnet_and_its_pools(tmp_path):
         grid = encoder(torch.from_numpy(arrays["in/image"]))
         assert distance(grid, arrays["out/grid"]) < 1e-5
         assert distance(encoder.attnpool(grid), arrays["out/attnpool"]) < 1e-5
+        assert distance(fold_norms(encoder)(torch.from_numpy(arrays["in/image"])), arrays["out/grid"]) < 1e-5
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules())
 
 
 def test_pooling_to_36_tokens():
