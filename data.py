@@ -63,6 +63,7 @@ class Example:
 
 # ---- VQAv2 --------------------------------------------------------------------------------------------------------
 
+KARPATHY = {"karpathy_train": ("train", "restval"), "karpathy_val": ("val",), "karpathy_test": ("test",)}
 SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)                 # of an answer that 0, 1, 2, 3, or 4 and more of ten people gave
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
@@ -115,20 +116,21 @@ def read_vqa(data: Path, split: str) -> list[Example]:
         path = data / "vqa" / "v2_OpenEnded_mscoco_test2015_questions.json"
         return [Example(r["question_id"], (f"COCO_test2015_{r['image_id']:012d}",), r["question"], {})
                 for r in records(path, "question_id", "image_id", "question", key="questions")]
-    if (data / "vqa" / f"{split}.json").exists():           # VL-T5's list, in the place of the official files
+    years, listed = ("train2014", "val2014"), data / "vqa" / f"{split}.json"
+    asked, given = ([data / "vqa" / name.format(year) for year in years] for name in (
+        "v2_OpenEnded_mscoco_{}_questions.json", "v2_mscoco_{}_annotations.json"))
+    if listed.exists() and not asked[0].exists():           # VL-T5's list, in the place of the official files
         return [Example(r["question_id"], (r["img_id"],), r["sent"], r["label"], r.get("question_type", ""),
                         {"answers": [a["answer"] for a in r.get("answers", ())], "type": r.get("answer_type", "")})
-                for r in records(data / "vqa" / f"{split}.json", "question_id", "img_id", "sent", "label")]
+                for r in records(listed, "question_id", "img_id", "sent", "label")]
     coco = data / "COCO" / "dataset_coco.json"
     images = records(coco, "cocoid", "filepath", "split", key="images")
     members = {image["cocoid"]: image["filepath"] for image in images if image["split"] in KARPATHY[split]}
     annotations, questions = {}, {}
-    for year in ("train2014", "val2014"):
-        asked = data / "vqa" / f"v2_OpenEnded_mscoco_{year}_questions.json"
-        given = data / "vqa" / f"v2_mscoco_{year}_annotations.json"
+    for i, year in enumerate(years):
         questions |= {r["question_id"]: r
-                      for r in records(asked, "question_id", "image_id", "question", key="questions")}
-        annotations |= {r["question_id"]: r for r in records(given, "question_id", "image_id", "answers",
+                      for r in records(asked[i], "question_id", "image_id", "question", key="questions")}
+        annotations |= {r["question_id"]: r for r in records(given[i], "question_id", "image_id", "answers",
                                                              "multiple_choice_answer", key="annotations")}
         if questions.keys() != annotations.keys():
             odd = min(questions.keys() ^ annotations.keys())
@@ -158,9 +160,10 @@ def read_gqa(data: Path, split: str) -> list[Example]:
     """
     converted, examples = {"val": "valid", "submission": "submit"}, []
     for part in split.split(","):
-        part, balanced = part.removesuffix("_all"), not part.endswith("_all")
-        paths = [data / "GQA" / f"{part}_{kind}_questions.json" for kind in ("balanced", "all")]
-        path = paths[not balanced and (paths[1].exists() or not paths[0].exists())]
+        part, every = part.removesuffix("_all"), part.endswith("_all")
+        balanced, path = (data / "GQA" / f"{part}_{kind}_questions.json" for kind in ("balanced", "all"))
+        if not every or not path.exists() and balanced.exists():
+            path = balanced
         if not path.exists() and (listed := data / "GQA" / f"{converted.get(part, part)}.json").exists():
             for r in records(listed, "question_id", "img_id", "sent"):
                 label = r.get("label") or {}
@@ -203,8 +206,6 @@ def read_nlvr(data: Path, split: str) -> list[Example]:
 
 
 # ---- COCO captions ------------------------------------------------------------------------------------------------
-
-KARPATHY = {"karpathy_train": ("train", "restval"), "karpathy_val": ("val",), "karpathy_test": ("test",)}
 
 
 def read_captions(data: Path, split: str) -> list[Example]:
