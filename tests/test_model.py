@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from model import CLIPResNet, Config, Model, WeightsError, generate, load_backbone, load_clip, read_weights, t5
+from model import CLIPResNet, Config, Dropout, Model, WeightsError, generate, load_backbone, load_clip, read_weights, t5
 
 VOCAB, PAD, END = 60, 1, 2
 SIZES = dict(vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
@@ -619,6 +619,28 @@ def test_the_cache_changes_nothing():
         words = torch.cat([words, best.masked_fill(ended, PAD)[:, None]], 1)
     said = generate(model, ids, features, beams=1, max_length=12)
     assert len(said.unique(dim=0)) > 20 and F.pad(said, (0, 12 - said.size(1)), value=PAD).tolist() == words.tolist()
+
+
+def test_dropout_keeps_nine_of_ten_and_the_mean():
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.1), torch.ones(400, 1001, requires_grad=True)                    # a number of no multiple of 4
+    y = dropout(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach()) and set(y.unique().tolist()) == {0.0, y.max().item()}
+    assert abs(y.max() - 1 / 0.9) < 1e-6 and abs(y.mean() - 1) < 2e-3
+    for lane in range(4):
+        assert abs((y.flatten()[lane::4] > 0).float().mean() - 0.9) < 5e-3
+    assert not torch.equal(dropout(x), y) and torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.parametrize("base", [TINY, TINY_T5], ids=["bart", "t5"])
+@torch.no_grad()
+def test_the_attention_of_training_is_that_of_answering(base, monkeypatch):
+    """The plain form, which training takes on a CPU, against PyTorch's own; here with a dropout that drops nothing."""
+    model, ids, features = our_model(base=base, dropout=0.3), questions(6, pad=base.pad), torch.randn(6, 1, 4, 8)
+    memory, _ = model.eval().encode(ids, features)
+    monkeypatch.setattr(Dropout, "forward", lambda self, x: x)
+    assert distance(model.train().encode(ids, features)[0], memory) < 1e-5
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.5])
