@@ -10,7 +10,8 @@ modules there. What is put in is new, therefore trainable; nothing is matched by
 
 Three more attribute names count where a model has them: `prompt`, called with word embeddings [batch, length, d_model],
 `visual`, the new part of the model that every method trains, and `logits_bias`, the buffer of zeros that BitFit trains
-where Linears have no bias. LoRA replaces the Linears named q and v.
+where Linears have no bias. LoRA replaces the Linears named q and v; Hyperformer reads stack, layer and kind off names
+like encoder.layers.0.ffn (self_attn, cross_attn).
 
 `python adapters.py` prints the share of weights each method trains on VL-BART and VL-T5 beside the published number.
 Paper: Sung, Cho, Bansal, CVPR 2022, https://arxiv.org/abs/2112.06825. Needs torch and nothing else; copy it as it is.

@@ -17,6 +17,7 @@ Paper: https://arxiv.org/abs/2112.06825, section 4. Needs torch, numpy, pillow, 
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -80,7 +81,7 @@ CONTRACTIONS |= {"somebody'd": "somebodyd"}             # sic: the official tabl
 
 
 def vqa_punctuation(text: str) -> str:
-    """The official processPunctuation: a mark beside a space, or any mark beside a number with a comma, just goes."""
+    """The official processPunctuation: a mark beside a space, or every mark of a text with a number like 1,000, goes."""
     result, number = text, re.search(r"\d,\d", text)
     for mark in PUNCTUATION:
         result = result.replace(mark, "" if number or f"{mark} " in text or f" {mark}" in text else " ")
@@ -122,7 +123,8 @@ def read_vqa(data: Path, split: str) -> list[Example]:
     if listed.exists() and not asked[0].exists():           # VL-T5's list, in the place of the official files
         return [Example(r["question_id"], (r["img_id"],), r["sent"], r["label"], r.get("question_type", ""),
                         {"answers": [a["answer"] for a in r.get("answers", ())], "type": r.get("answer_type", "")})
-                for r in records(listed, "question_id", "img_id", "sent", "label")]
+                for r in records(listed, "question_id", "img_id", "sent", "label",
+                                 *(() if split == "karpathy_train" else ["answers"]))]
     coco = data / "COCO" / "dataset_coco.json"
     images = records(coco, "cocoid", "filepath", "split", key="images")
     members = {image["cocoid"]: image["filepath"] for image in images if image["split"] in KARPATHY[split]}
@@ -192,7 +194,8 @@ def read_nlvr(data: Path, split: str) -> list[Example]:
     """Statements on two pictures, left and right, from the official JSON lines or VL-T5's list."""
     listed = data / "nlvr" / {"dev": "valid.json", "test1": "test.json"}.get(split, f"{split}.json")
     path, examples = data / "nlvr" / f"{split}.json", []
-    for r in records(listed if listed.exists() and not path.exists() else path, "identifier"):
+    path = listed if listed.exists() and not path.exists() else path
+    for r in records(path, "identifier"):
         if "sent" in r:
             pictures, text, label = (r.get("img0"), r.get("img1")), r["sent"], r.get("label")
         else:
@@ -405,7 +408,12 @@ def read_examples(data: str | Path, task: str, split: str) -> list[Example]:
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".npz"}
 
 
-def find_files(folders: Iterable[Path], names: Iterable[str]) -> dict[str, Path]:
+def folders_of(data: Path, name: str) -> list[Path]:
+    """Where the pictures or videos of a data set are looked for."""
+    return [data / folder for folder in FOLDERS[name]]
+
+
+def find_files(folders: Iterable[Path], names: Iterable[str], video: bool = False) -> dict[str, Path]:
     """Where the named pictures and videos lie: anywhere below the folders, numbered ones or flat, with any suffix.
 
     A folder that has the name of a video is that video, in frames.
@@ -413,9 +421,9 @@ def find_files(folders: Iterable[Path], names: Iterable[str]) -> dict[str, Path]
     wanted, found = set(names), {}
     for top in folders:
         for folder, inner, files in os.walk(top):
-            for name in wanted.intersection(inner):
+            for name in wanted.intersection(inner) if video else ():
                 found.setdefault(name, Path(folder, name))
-            inner[:] = [name for name in inner if name not in wanted]
+                inner.remove(name)
             for name in files:
                 stem, suffix = os.path.splitext(name)
                 if stem in wanted and suffix.lower() in SUFFIXES:
@@ -423,13 +431,18 @@ def find_files(folders: Iterable[Path], names: Iterable[str]) -> dict[str, Path]
     return found
 
 
-def load_picture(path: Path, resolution: int) -> np.ndarray:
-    """RGB bytes [resolution, resolution, 3], squeezed to a square as the paper's features were. Raises DataError."""
+def open_picture(path: Path) -> Image.Image:
+    """A picture in RGB, whatever its suffix says. Raises DataError."""
     try:
         with Image.open(path) as picture:
-            return np.array(picture.convert("RGB").resize((resolution, resolution), Image.Resampling.BICUBIC))
+            return picture.convert("RGB")
     except Exception as problem:                # pillow raises half a dozen kinds for broken and for hostile files
         raise DataError(f"{path} is not a readable picture: {problem}") from None
+
+
+def load_picture(path: Path, resolution: int) -> np.ndarray:
+    """RGB bytes [resolution, resolution, 3], squeezed to a square as the paper's features were. Raises DataError."""
+    return np.array(open_picture(path).resize((resolution, resolution), Image.Resampling.BICUBIC))
 
 
 def sample(frames: Iterable[tuple[Fraction, Fraction, object]], fps: Fraction) -> Iterator:
@@ -466,10 +479,10 @@ def load_video(path: Path, resolution: int) -> np.ndarray:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         timed = ((Fraction(i, 3), Fraction(1, 3), file) for i, file in enumerate(files))
-        kept = [crop_file(file, resolution) for file in list(sample(timed, FPS)) or files[-1:]]
+        kept = [crop_picture(open_picture(file), resolution) for file in list(sample(timed, FPS)) or files[-1:]]
     else:
         try:
-            kept = decode(path, resolution)
+            kept = decode_video(path, resolution)
         except (av.FFmpegError, OSError, ValueError) as problem:
             if isinstance(problem, DataError):
                 raise
@@ -480,17 +493,13 @@ def load_video(path: Path, resolution: int) -> np.ndarray:
     return np.stack(kept)
 
 
-def crop_file(path: Path, side: int) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            width, height, left, top = scale_and_crop(picture.size, side)
-            picture = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-            return np.array(picture.crop((left, top, left + side, top + side)))
-    except Exception as problem:
-        raise DataError(f"{path} is not a readable picture: {problem}") from None
+def crop_picture(picture: Image.Image, side: int) -> np.ndarray:
+    width, height, left, top = scale_and_crop(picture.size, side)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(picture.crop((left, top, left + side, top + side)))
 
 
-def decode(path: Path, side: int) -> list[np.ndarray]:
+def decode_video(path: Path, side: int) -> list[np.ndarray]:
     """The frames kept of a video file, by their time stamps; only these are turned into RGB."""
     with av.open(str(path)) as container:
         if not container.streams.video:
@@ -532,7 +541,7 @@ def fit_frames(features: torch.Tensor) -> torch.Tensor:
     return F.adaptive_max_pool1d(features.T[None], FRAMES)[0].T
 
 
-def load_features(path: Path, _=None) -> np.ndarray:
+def load_features(path: Path) -> np.ndarray:
     """VALUE's released features of a video's frames: the array "features" [T, C] of an .npz file. Raises DataError."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -615,6 +624,10 @@ class FeatureStore:
         loads = load_ahead(paths.values(), load, size)
         with open(self.folder / "features.f16", "ab") as file, tqdm(total=len(names), unit=" files", desc=(
                 f"encoding {self.folder.parent.name}")) as bar:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                # gone with this process, however it ends
+            except BlockingIOError:
+                raise DataError(f"another run is encoding into {self.folder}; start again when it is done") from None
             file.truncate(len(self.row) * 2 * int(np.prod(self.shape)))         # rows a killed run had not indexed
             for i, loaded in enumerate(loads):
                 good = [(name, x) for name, x in zip(names[i * size:], loaded) if not isinstance(x, DataError)]
@@ -662,7 +675,7 @@ class Corpus:
     def __init__(self, task: str, examples: list[Example], tokenizer: BPE | Unigram, store: FeatureStore, prompts: bool = True):
         self.task, self.examples, self.store, self.pad = task, examples, store, tokenizer.pad
         row = TASKS[task]
-        texts = [encode(tokenizer, task, e, prompts) for e in examples]
+        texts = [text_ids(tokenizer, task, e, prompts) for e in examples]
         self.text = fill(texts, max(map(len, texts)), self.pad)
         self.rows = np.array([[store.row[name] for name in e.pictures] for e in examples])
         numbers = {}                            # answer -> number, over all examples
@@ -699,7 +712,7 @@ class Corpus:
         return batch
 
 
-def encode(tokenizer: BPE | Unigram, task: str, example: Example, prompts: bool = True) -> list[int]:
+def text_ids(tokenizer: BPE | Unigram, task: str, example: Example, prompts: bool = True) -> list[int]:
     """An example's text as ids, with the prompt of its task; of a text too long the subtitles are cut, if it has any.
 
     The original cuts on the right, where a video's question, its answers and the prompt stand.
@@ -709,7 +722,7 @@ def encode(tokenizer: BPE | Unigram, task: str, example: Example, prompts: bool 
     if not row.video:
         return tokenizer.encode(text, row.text)
     said = f"[Subs] {example.subtitles}".rstrip()
-    ids = tokenizer.encode(f"{said} {text}")
+    ids = tokenizer.encode(f"{said} {text.lstrip()}")
     if len(ids) > row.text:
         end = len(tokenizer.encode(said)) - 1                                   # without </s>
         ids[max(0, end - len(ids) + row.text):end] = []
@@ -770,32 +783,36 @@ def report(data: Path, tasks: list[str]) -> bool:
     good, pictures = True, {}
     for task in tasks:
         row = TASKS[task]
-        for split in dict.fromkeys((row.train, row.validation, row.test)):
+        for split in dict.fromkeys((row.train, row.validation, row.test, *row.submission)):
+            needed = split in (row.train, row.validation, row.test)
             try:
                 examples = read_examples(data, task, split)
             except DataError as problem:
-                print(f"{task:<8}{split:<16}{problem}\n{'':24}get it at {row.source}")
-                good = False
+                where = f"get it at {row.source}" if needed else "needed for submissions only"
+                print(f"{task:<8}{split:<20}{problem}\n{'':28}{where}")
+                good &= not needed
                 continue
-            expected = row.counts[split]
-            note = "as published" if len(examples) == expected else f"published: {expected:,}"
+            published = row.counts.get(split)
+            note = "" if published is None else " (as published)" if len(examples) == published else (
+                f" (published: {published:,})")
             without = f"{sum(not e.answers for e in examples):,} without an answer to learn"
             if row.video:
                 without = f"{sum(not e.subtitles for e in examples):,} without subtitles"
-            print(f"{task:<8}{split:<16}{len(examples):>9,} examples ({note}), {without}")
-            pictures.setdefault(row.pictures, {}).update(dict.fromkeys(name for e in examples for name in e.pictures))
+            print(f"{task:<8}{split:<20}{len(examples):>9,} examples{note}, {without}")
+            if needed:
+                pictures.setdefault(row.pictures, {}).update(dict.fromkeys(n for e in examples for n in e.pictures))
     for name, needed in pictures.items():
-        folders = [data / folder for folder in FOLDERS[name]]
-        if name in VIDEOS:
-            folders += (data / "video" / "vis_features" / name).glob("*")
-        found = find_files(folders, needed)
+        video, kinds = name in VIDEOS, [folders_of(data, name)]
+        if video:                                       # videos themselves, or one kind of features
+            kinds += [[folder] for folder in sorted((data / "video" / "vis_features" / name).glob("*"))]
+        folders, found = max(((kind, find_files(kind, needed, video)) for kind in kinds), key=lambda pair: len(pair[1]))
         missing, broken = [item for item in needed if item not in found], []
         with tqdm(total=len(found), unit=" files", desc=f"looking at {name}") as bar:
-            for loaded in load_ahead(found.values(), partial(look, name in VIDEOS), 64):
+            for loaded in load_ahead(found.values(), partial(look, video), 64):
                 broken += [x for x in loaded if isinstance(x, DataError)]
                 bar.update(len(loaded))
-        kind = "videos" if name in VIDEOS else "pictures"
-        print(f"{name:<8}{len(needed):>9,} {kind}, {len(missing):,} missing, {len(broken):,} unreadable")
+        print(f"{name:<8}{len(needed):>9,} {'videos' if video else 'pictures'}, {len(missing):,} missing, "
+              f"{len(broken):,} unreadable below {' and '.join(map(str, folders))}")
         for line in missing[:10] + [str(problem) for problem in broken[:10]]:
             print(f"{'':8}{line}")
         good &= not missing and not broken

@@ -7,10 +7,11 @@
     python evaluate.py runs/compacter-vqa-gqa --submit submission   what the official servers want
     python evaluate.py runs/compacter-vqa-gqa --image my.jpg --question "What color is the kite?"
     python evaluate.py runs/adapter-tvqa --video my.mp4 --question "What does Ann hold?" --choices "a cup|a key|a hat"
+                                                                    (of a run that saw videos, not released features)
 
 Beside the scores it writes predictions_TASK_SPLIT, in the form of the official submissions, and predictions.html to look
 at. Also here, because train.py needs it too: a model with its method and corpora, from the flags of a run.
-Needs torch, numpy, pillow, tqdm and of ours model.py, adapters.py, data.py, tokenizer.py.
+Needs torch, numpy, pillow, av, tqdm and of ours model.py, adapters.py, data.py, tokenizer.py.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import importlib
 import io
 import json
 import math
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -36,9 +38,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from adapters import install, select, trainable
-from data import (FOLDERS, FRAMES, TASKS, VIDEOS, Corpus, DataError, Example, FeatureStore, Task, choose_from, encode,
-                  find_files, fit_frames, load_features, load_picture, load_video, normalise, read_examples,
-                  report_problems, task_list, vqa_normal_form, write_atomically)
+from data import (FRAMES, TASKS, VIDEOS, Corpus, DataError, Example, FeatureStore, Task, choose_from, find_files, fit_frames,
+                  folders_of, load_features, load_picture, load_video, normalise, open_picture, read_examples,
+                  report_problems, task_list, text_ids, vqa_normal_form, write_atomically)
 from model import (ADDED_WORDS, VISUAL_SIDE, CLIPResNet, Model, WeightsError, fold_norms, generate, load_backbone,
                    load_clip, pool, read_json)
 from tokenizer import BPE, Unigram, VocabularyError, load_tokenizer
@@ -257,24 +259,28 @@ def cider(hypotheses: list[str], references: list[list[str]]) -> float:
     return 10 * total / len(hypotheses)
 
 
-def score_captions(examples: list[Example], predictions: list[str], ascii_only: bool = False) -> dict[str, float]:
-    """CIDEr, BLEU and ROUGE-L in per cent. VALUE's tasks see a space for every character that is not ASCII."""
+def caption_words(examples: list[Example], predictions: list[str], ascii_only: bool) -> tuple[list, list]:
+    """Predictions and references in words; with ascii_only, as VALUE has it, other characters are spaces."""
     clean = (lambda text: "".join(c if c < "\x80" else " " for c in text)) if ascii_only else str
-    said = [ptb_words(clean(text)) for text in predictions]
-    references = [[ptb_words(clean(text)) for text in e.truth["references"]] for e in examples]
+    return ([ptb_words(clean(text)) for text in predictions],
+            [[ptb_words(clean(text)) for text in e.truth["references"]] for e in examples])
+
+
+def score_captions(examples: list[Example], predictions: list[str], ascii_only: bool = False) -> dict[str, float]:
+    """CIDEr, BLEU and ROUGE-L in per cent."""
+    said, references = caption_words(examples, predictions, ascii_only)
     scores = {"CIDEr": cider(said, references)}
     scores |= {f"BLEU-{n}": score for n, score in enumerate(bleu(said, references), 1)}
     return {name: 100 * score for name, score in (scores | {"ROUGE-L": rouge_l(said, references)}).items()}
 
 
-def java_scores(examples: list[Example], predictions: list[str]) -> dict[str, float]:
+def java_scores(examples: list[Example], predictions: list[str], ascii_only: bool) -> dict[str, float]:
     """METEOR and SPICE in per cent, by the Java programs in pycocoevalcap; what cannot be had is said and left out."""
-    scores = {}
+    said, references = caption_words(examples, predictions, ascii_only)
+    said, references, scores = {i: [text] for i, text in enumerate(said)}, dict(enumerate(references)), {}
     for name, module, scorer in ("METEOR", "meteor.meteor", "Meteor"), ("SPICE", "spice.spice", "Spice"):
         try:
             scorer = getattr(importlib.import_module(f"pycocoevalcap.{module}"), scorer)()
-            said = {i: [ptb_words(text)] for i, text in enumerate(predictions)}
-            references = {i: [ptb_words(text) for text in e.truth["references"]] for i, e in enumerate(examples)}
             scores[name] = 100 * float(scorer.compute_score(references, said)[0])
         except Exception as problem:                        # no package, no Java, another Java, no network for SPICE
             print(f"{name} is left out: {' '.join(str(problem).split())[:120]}")
@@ -344,8 +350,10 @@ def weight_path(flags: dict, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.pt"):
         if path.exists():
             return path
-    there = ", ".join(sorted(path.name.removesuffix(".pt") for path in folder.glob("*")))
-    raise RunError(f"no weights called {name} in {folder} (there: {there or 'nothing'})")
+    there = sorted(path.name.removesuffix(".pt") for path in folder.glob("*"))
+    hint = " nor features in video/vis_features; for your own videos: --vision RN101" if name == "clip-vit" else ""
+    raise RunError(f"no weights called {name} in {folder}{hint} "
+                   f"(there: {', '.join(there[:8]) or 'nothing'}{', ...' if there[8:] else ''})")
 
 
 def file_hash(path: Path) -> str:
@@ -406,7 +414,7 @@ class Eye:
         return self.encoder.output_dim if video else self.encoder.feature_dim
 
     def folders(self, data: Path, name: str) -> list[Path]:
-        return [data / folder for folder in FOLDERS[name]]
+        return folders_of(data, name)
 
     def load(self, video: bool) -> Callable[[Path], np.ndarray]:
         return partial(load_video if video else load_picture, resolution=self.resolution)
@@ -481,7 +489,7 @@ def open_corpora(flags: dict, tokenizer: BPE | Unigram, eye: Eye | Released, *sp
         store = stores[source] = FeatureStore(data / "features" / source / flags["vision"], eye.hash,
                                               FRAMES if video else VISUAL_SIDE ** 2, eye.channels(video))
         new = [name for name in names if name not in store.row]
-        paths[source] = find_files(folders, new) if new else {}
+        paths[source] = find_files(folders, new, video) if new else {}
         lost = [name for name in new if name not in paths[source]]
         if lost and not flags["allow_missing"]:
             raise DataError(f"{len(lost):,} of {len(names):,} {'videos' if video else 'pictures'} are missing below "
@@ -518,6 +526,13 @@ def run_weights(model: Model) -> dict[str, torch.Tensor]:
     return weights | {"added_words": model.words.weight[-ADDED_WORDS:].detach().clone()}
 
 
+def keep_in_bf16(model: Model):
+    """Frozen matrices in the precision they are multiplied in, or autocast would convert each of them at every step."""
+    for module in [module for module in model.modules() if isinstance(module, torch.nn.Linear)] + [model.words]:
+        if not module.weight.requires_grad:
+            module.weight.data = module.weight.data.bfloat16()
+
+
 def load_run_weights(model: Model, weights: dict[str, torch.Tensor], source: Path):
     ours = run_weights(model)
     odd = [n for n in ours.keys() ^ weights.keys()] or [n for n in ours if ours[n].shape != weights[n].shape]
@@ -535,8 +550,8 @@ def read_run(folder: Path) -> dict:
         return {name: flags[name] for name in FLAGS}
     except FileNotFoundError:
         raise RunError(f"{folder} is not a run: it has no config.json") from None
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{folder / 'config.json'} is not the config.json of a run") from None
+    except (ValueError, KeyError, TypeError) as problem:
+        raise RunError(f"{folder / 'config.json'} is not the config.json of a run: {problem!r}") from None
 
 
 def load_state(path: Path) -> dict:
@@ -577,7 +592,7 @@ def answer(model: Model, tokenizer: BPE | Unigram, corpus: Corpus, device: torch
             indices = np.arange(i, min(i + batch, len(corpus)))
             x = corpus.batch(indices, batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                said = reply(model, tokenizer, row, x["ids"].to(device), x["features"].to(device).float())
+                said = reply(model, tokenizer, row, x["ids"].to(device), x["features"].to(device))
             answers += said[:len(indices)]
             bar.update(len(indices))
     return answers
@@ -596,7 +611,7 @@ def blind_answers(seen: list[Example], asked: list[Example]) -> list[str]:
         for kind in (example.kind, None):                   # None: over all, for kinds that training never had
             counts[kind].update(example.answers)
     best = {kind: count.most_common(1)[0][0] for kind, count in counts.items() if count}
-    return [best.get(example.kind, best[None]) for example in asked]
+    return [best.get(example.kind, best.get(None, "")) for example in asked]
 
 
 def shuffle_pictures(corpus: Corpus, seed: int = 0):
@@ -632,8 +647,8 @@ def save_gallery(path: Path, data: Path, corpora: dict[str, Corpus], predictions
     cards = []
     for task, corpus in corpora.items():
         drawn = sorted(random.Random(0).sample(range(len(corpus)), min(48, len(corpus))))
-        folders = [data / folder for folder in FOLDERS[TASKS[task].pictures]]
-        paths = find_files(folders, [name for i in drawn for name in corpus.examples[i].pictures])
+        names = [name for i in drawn for name in corpus.examples[i].pictures]
+        paths = find_files(folders_of(data, TASKS[task].pictures), names, TASKS[task].video)
         wide = TASKS[task].video or len(corpus.rows[0]) > 1
         cards.append(f'<h2>{task}</h2><main class="{"wide" if wide else ""}">')
         for i in drawn:
@@ -678,8 +693,7 @@ def thumbnails(path: Path, video: bool) -> list[str]:
         chosen = np.linspace(0, len(frames) - 1, min(4, len(frames))).astype(int)
         pictures = [Image.fromarray(frames[i]) for i in chosen]
     else:
-        with Image.open(path) as picture:
-            pictures = [picture.convert("RGB")]
+        pictures = [open_picture(path)]
     addresses = []
     for picture in pictures:
         picture.thumbnail((240, 240))
@@ -693,8 +707,9 @@ def thumbnails(path: Path, video: bool) -> list[str]:
 
 
 def pick_device(name: str | None) -> torch.device:
+    """A device by its name; None: this process's GPU, or the CPU. Raises RunError."""
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
@@ -734,9 +749,10 @@ def parse() -> argparse.Namespace:
 def ask(args: argparse.Namespace, model: Model, tokenizer: BPE | Unigram, eye: Eye | Released, task: str, prompts: bool) -> str:
     """The answer to --question about --image or --video."""
     row, paths = TASKS[task], [args.video] if args.video else args.image
-    if row.video != bool(args.video) or isinstance(eye, Released):
-        raise RunError(f"{task} with --vision {eye.hash} needs features" if isinstance(eye, Released) else
-                       f"{task} needs {'--video' if row.video else '--image'}")
+    if row.video != bool(args.video):
+        raise RunError(f"{task} needs {'--video' if row.video else '--image'}")
+    if isinstance(eye, Released):
+        raise RunError("this run has only learned from released features; train with --vision RN101 to ask about a video")
     if len(paths) != (2 if task == "nlvr" else 1):
         raise RunError(f"{task} needs {'two pictures' if task == 'nlvr' else 'one picture'}, not {len(paths)}")
     if not args.question and row.metric not in ("caption", "moment"):
@@ -746,7 +762,7 @@ def ask(args: argparse.Namespace, model: Model, tokenizer: BPE | Unigram, eye: E
     choices = (args.choices or "").split("|")
     text = choose_from(args.question, "", choices) if args.choices else args.question
     features = eye.encode([eye.load(row.video)(path) for path in paths], row.video)[None]   # [1, pictures, tokens, C]
-    ids = encode(tokenizer, task, Example(0, (), text, {}, subtitles=args.subtitles), prompts)
+    ids = text_ids(tokenizer, task, Example(0, (), text, {}, subtitles=args.subtitles), prompts)
     select(model, task)
     with torch.no_grad():
         said, = reply(model, tokenizer, row, torch.tensor([ids], device=features.device), features)
@@ -780,11 +796,13 @@ def main():
     path = args.run / f"{args.weights_of}.pt"
     load_run_weights(model, load_state(path)["weights"], path)
     model.to(device).eval()
+    bf16 = flags["bf16"] and device.type == "cuda"
+    if bf16:
+        keep_in_bf16(model)
     if args.image or args.video:
         print(ask(args, model, tokenizer, eye, tasks[0], flags["prompts"]))
         return
-    answer_all = partial(answer, model, tokenizer, device=device, batch=args.batch,
-                         bf16=flags["bf16"] and device.type == "cuda")
+    answer_all = partial(answer, model, tokenizer, device=device, batch=args.batch, bf16=bf16)
     if args.submit:
         submit(args.submit, flags, tokenizer, eye, tasks, answer_all)
         return
@@ -798,7 +816,7 @@ def main():
     scores = {task: score(task, corpus.examples, predictions[task]) for task, corpus in corpora.items()}
     captioned = [task for task in scores if "CIDEr" in scores[task]]
     for task in captioned if args.java else ():
-        scores[task] |= java_scores(corpora[task].examples, predictions[task])
+        scores[task] |= java_scores(corpora[task].examples, predictions[task], TASKS[task].video)
     print_scores(scores, f"{args.split}{', shuffled' * args.shuffle}")
     if captioned and not args.java:
         print(f"{'':24}METEOR and SPICE are left out; --java adds them where pycocoevalcap and Java are installed")
@@ -811,15 +829,15 @@ def main():
 
 
 def submit(folder: Path, flags: dict, tokenizer: BPE | Unigram, eye: Eye | Released, tasks: list[str], answer_all: Callable):
-    """The files of the official servers, complete: a picture that is missing ends it before the first answer."""
-    for task in tasks:
-        for split, name in TASKS[task].submission.items():
-            corpora, = open_corpora(flags | {"allow_missing": False}, tokenizer, eye, {task: split})
-            corpus = corpora[task]
-            save_predictions(folder / name, task, corpus.examples, answer_all(corpus=corpus))
-            published = TASKS[task].counts.get(split, len(corpus))
-            note = "" if published == len(corpus) else f" (published: {published:,})"
-            print(f"{folder / name}: {len(corpus):,} answers{note}")
+    """The files of the official servers, complete: a file or picture that is missing ends it before the first answer."""
+    files = [(task, split, name) for task in tasks for split, name in TASKS[task].submission.items()]
+    opened = open_corpora(flags | {"allow_missing": False}, tokenizer, eye, *({task: split} for task, split, _ in files))
+    for (task, split, name), corpora in zip(files, opened):
+        corpus = corpora[task]
+        save_predictions(folder / name, task, corpus.examples, answer_all(corpus=corpus))
+        published = TASKS[task].counts.get(split, len(corpus))
+        note = "" if published == len(corpus) else f" (published: {published:,})"
+        print(f"{folder / name}: {len(corpus):,} answers{note}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-ADDED_WORDS = 200  # <extra_id_*> and <vis_extra_id_*>: new rows of the word table; the last ones number visual tokens
+ADDED_WORDS = 200  # <extra_id_*> and <vis_extra_id_*>: the last rows of the word table, which number visual tokens
 VISUAL_SIDE = 6    # pictures are pooled to 6 x 6 visual tokens (section 4.1 of the paper: 36)
 
 
@@ -89,6 +89,9 @@ def bart(json_config: dict, feature_dim: int, words: int) -> Config:
     said = dict(decoder_start_token_id=2, pad_token_id=1, eos_token_id=2, forced_eos_token_id=2) | json_config
     if said.get("activation_function", "gelu") != "gelu" or said.get("scale_embedding"):
         raise WeightsError("only BART with gelu and unscaled embeddings is built here (bart-base, bart-large)")
+    for name in ("attention_heads", "ffn_dim"):
+        if said.get(f"encoder_{name}") and said.get(f"decoder_{name}", said[f"encoder_{name}"]) != said[f"encoder_{name}"]:
+            raise WeightsError(f"decoder_{name} and encoder_{name} differ, as in no published BART")
     sizes = dict(loaded_words="vocab_size", d_model="d_model", heads="encoder_attention_heads", d_ff="encoder_ffn_dim",
                  encoder_layers="encoder_layers", decoder_layers="decoder_layers",
                  max_positions="max_position_embeddings")
@@ -403,7 +406,7 @@ class VisualTokens(nn.Module):
 
     def forward(self, features, word_table):
         """features [batch, pictures, tokens, feature_dim] to [batch, pictures x tokens, d_model]."""
-        pictures, tokens = features.shape[1:3]
+        features, (pictures, tokens) = features.to(self.feature.weight.dtype), features.shape[1:3]
         place = word_table[-tokens:].flip(0)                      # token o has the row vocab - 1 - o  [tokens, d_model]
         number = self.picture.weight[:pictures, None]                                       # [pictures, 1, d_model]
         # Not in autocast's precision, which it sees to for LayerNorm, but not for RMSNorm.
@@ -452,7 +455,7 @@ class Model(nn.Module):
         """[..., d_model] to [..., vocab]."""
         return F.linear(hidden * self.config.head_scale, self.words.weight, self.logits_bias.to(hidden.dtype))
 
-    def answer(self, ids, features, labels):
+    def hidden(self, ids, features, labels):
         """The decoder's hidden states [batch, L, d_model] for labels [batch, L], which are -100 behind their end."""
         memory, mask = self.encode(ids, features)
         inputs = labels.masked_fill(labels == -100, self.config.pad).roll(1, 1)
@@ -461,7 +464,7 @@ class Model(nn.Module):
 
     def forward(self, ids, features, labels):
         """Logits [batch, L, vocab]."""
-        return self.logits(self.answer(ids, features, labels))
+        return self.logits(self.hidden(ids, features, labels))
 
     def loss(self, ids, features, labels, weights, places=None):
         """Mean over the batch of weight x mean cross entropy over the tokens of the answer.
@@ -470,7 +473,7 @@ class Model(nn.Module):
         the weight (tokens of the answer) x batch / (tokens of the batch); a row that only fills up the batch has 0.
         places: where the flat labels are not -100, for only there logits are made; to find out takes a device's time.
         """
-        hidden, flat = self.answer(ids, features, labels).flatten(0, 1), labels.flatten()
+        hidden, flat = self.hidden(ids, features, labels).flatten(0, 1), labels.flatten()
         places = (flat != -100).nonzero()[:, 0] if places is None else places
         tokens = F.cross_entropy(self.logits(hidden[places]).float(), flat[places], reduction="none")
         sums = tokens.new_zeros(len(labels)).index_add(0, places // labels.size(1), tokens)
@@ -717,7 +720,7 @@ def expand(table: dict, config: Config) -> dict[str, tuple[str, ...]]:
             for x in "qkv" for kind in ("weight", "bias")]
     fill = lambda name, gap: name.replace("*", "{kind}").format(**gap)
     return {fill(ours, gap): tuple(fill(name, gap) for name in ([theirs] if isinstance(theirs, str) else theirs))
-            for ours, theirs in table.items() for gap in gaps}
+            for ours, theirs in table.items() for gap in gaps if not ours.startswith("decoder") or gap["stack"] == "decoder"}
 
 
 def load_clip(path: str | Path) -> CLIPResNet:

@@ -501,7 +501,7 @@ def config_json(family: str, words: int) -> dict:
     return {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "vocab_size": words,
             "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
             "decoder_attention_heads": 4, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256,
-            "max_position_embeddings": 256, "activation_function": "gelu", "scale_embedding": False, "dropout": 0.0,
+            "max_position_embeddings": 640, "activation_function": "gelu", "scale_embedding": False, "dropout": 0.0,
             "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
             "forced_eos_token_id": 2, "no_repeat_ngram_size": 3, "early_stopping": True, "num_beams": 4}
 

@@ -8,7 +8,7 @@
 Without --data and --weights it draws and uses the miniature world of toy.py. A run's folder holds config.json,
 log.jsonl, last.pt (to go on from) and best.pt (the weights of the best epoch): only what was trained, not the backbone.
 Every step is a function of the seed, its number and the weights, so a run that was killed goes on to the same numbers.
-Needs torch, numpy, tqdm and all of ours.
+Needs torch, numpy, pillow, av, tqdm and all of ours.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tqdm import tqdm
 import toy
 from adapters import METHODS, select, trainable
 from data import TASKS, ahead, batch_size, mixture, report_problems, task_list, write_atomically
-from evaluate import (PROBLEMS, RunError, answer, build_model, check_weights, family, load_run_weights, load_state,
+from evaluate import (PROBLEMS, RunError, answer, build_model, check_weights, family, keep_in_bf16, load_run_weights, load_state,
                       open_corpora, open_eye, pick_device, print_scores, read_run, run_weights, score, weight_hashes,
                       weight_path)
 from model import FAMILIES
@@ -50,7 +50,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def average(parameters: list, world: int):
-    """Averages the gradients over the processes. All train the same task, so all have the same gradients."""
+    """Averages the gradients over the processes. All train the same task, so of the same weights."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -79,8 +79,9 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-6, fused=True)
     sizes = {task: batch_size(task, flags["batch"] * flags["accumulate"]) for task in corpora}
-    each = world * flags["accumulate"]                  # a batch has as many parts, and is filled up for them
-    rows = {task: -(-size // each) * each for task, size in sizes.items()}
+    # Process r takes the rows r, r + each, ...; with --accumulate its part i those from r + world i on.
+    each = world * flags["accumulate"]
+    rows = {task: -(-size // each) * each for task, size in sizes.items()}                  # filled up to equal parts
     parts = [slice(rank() + world * i, None, each) for i in range(flags["accumulate"])]
     per_epoch = sum(-(-len(corpus) // sizes[task]) for task, corpus in corpora.items())
     steps, step, best, loss_of = per_epoch * flags["epochs"], 0, -1.0, model.loss
@@ -101,11 +102,11 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
     for epoch in range(step // per_epoch, flags["epochs"]):
         model.train()
         batches, began, shown = mixture(corpora, sizes, flags["seed"], epoch), step, torch.zeros((), device=device)
-        jobs = ((step + i, *batch) for i, batch in enumerate(batches[step % per_epoch:]))
+        jobs = [(step + i, *batch) for i, batch in enumerate(batches[step % per_epoch:])]
         bar = tqdm(desc=f"epoch {epoch + 1}/{flags['epochs']}", initial=step % per_epoch, total=per_epoch, unit=" steps",
                    disable=rank() > 0)
         clock = Clock()
-        for task, made in clock.waiting(ahead(prepare, list(jobs), 3, threads=1)):
+        for task, made in clock.waiting(ahead(prepare, jobs, 3, threads=1)):
             # ---- the whole of training
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, flags["lr"])
@@ -114,7 +115,7 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
             for batch in made:
                 batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
                 with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
-                    loss = loss_of(**batch | {"features": batch["features"].float()}) / len(made)
+                    loss = loss_of(**batch) / len(made)
                 loss.backward()
                 shown += loss.detach()
             if world > 1:
@@ -141,14 +142,6 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
             save(run, model, None, step, best)
         save(run, model, optimizer, step, best)
     finish(run, flags)
-
-
-def keep_in_bf16(model):
-    """Frozen matrices in the precision they are multiplied in, or autocast would convert each of them at every step."""
-    tables = [module for module in model.modules() if isinstance(module, torch.nn.Linear)] + [model.words]
-    for module in tables:
-        if not module.weight.requires_grad:
-            module.weight.data = module.weight.data.bfloat16()
 
 
 class Clock:
@@ -179,7 +172,7 @@ def compiled(model, corpora, rows: dict, part: slice, bf16: bool):
             batch = {name: x.to(device) for name, x in corpus.batch([0], rows[task], "", part).items()}
             select(model, task)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss(**batch | {"features": batch["features"].float()})
+                loss(**batch)
         return loss
     except Exception as problem:                        # compilers fail in many ways, none of which should end the run
         say(f"torch.compile failed, going on without: {str(problem).splitlines()[0]}")
@@ -401,7 +394,9 @@ def resume(given: dict) -> tuple[Path, dict]:
     run = given["resume"]
     flags = read_run(run)
     for name, value in given.items():
-        if name not in ("resume", "device") and flags.get(name) != value:
+        if name not in flags and name not in ("resume", "device"):
+            raise RunError(f"--{name.replace('_', '-')} cannot be given with --resume")
+        if name not in ("resume", "device") and flags[name] != value:
             raise RunError(f"{run} was begun with {name} {flags.get(name)}, not {value}")
     check_weights(run, flags)
     return run, flags
@@ -425,8 +420,7 @@ def commit() -> str | None:
 def main():
     given = {name: value for name, value in vars(parse()).items() if value is not None}
     world = int(os.environ.get("WORLD_SIZE", 1))
-    name = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
-    device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    device = pick_device(given.get("device"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:

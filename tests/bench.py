@@ -38,9 +38,9 @@ sys.path.insert(0, str(ROOT))
 
 from adapters import METHODS, install, select
 from data import Corpus, Example, FeatureStore
-from evaluate import Eye, pick_device
+from evaluate import Eye, keep_in_bf16, pick_device
 from model import CLIPResNet, Model, bart, generate
-from train import CLIP, DECAY, keep_in_bf16
+from train import CLIP, DECAY
 
 # A peer has the name of our adapters.py: ours gets another one, and its folder is not searched for packages any more.
 sys.modules["our_adapters"] = sys.modules.pop("adapters")
@@ -89,12 +89,12 @@ def ours(method: str, args) -> tuple[nn.Module, Callable, Callable]:
 
     def loss(batch):
         select(model, "vqa")
-        return loss_of(**batch | {"features": batch["features"].float()})
+        return loss_of(**batch)
 
     def answer(batch):
         select(model, "vqa")
         with precision(args):
-            return generate(model, batch["ids"], batch["features"].float(), BEAMS, 1 + NEW)
+            return generate(model, batch["ids"], batch["features"], BEAMS, 1 + NEW)
 
     return model, stepper(model, loss, args), answer
 

@@ -195,6 +195,15 @@ def test_a_store_whose_writer_was_killed_goes_on(tmp_path):
     assert [store.features[store.row[str(i)], 0, 0] for i in range(10)] == [2 * i for i in range(10)]
 
 
+def test_two_runs_do_not_write_into_one_store(tmp_path):
+    paths = some_pictures(tmp_path, 4)
+    def meanwhile(loaded):
+        with pytest.raises(DataError, match="another run is encoding into"):
+            FeatureStore(tmp_path / "features", "hash", 4, 3).add(paths, load, mean_colour)
+        return mean_colour(loaded)
+    FeatureStore(tmp_path / "features", "hash", 4, 3).add(paths, load, meanwhile)
+
+
 def test_a_store_of_another_encoder_is_refused(tmp_path):
     FeatureStore(tmp_path / "features", "one", 4, 3).add(some_pictures(tmp_path, 2), load, mean_colour)
     with pytest.raises(DataError, match="features of another encoder"):
@@ -285,7 +294,7 @@ def value(tmp_path):
 
 def test_videos_are_asked_about_in_the_originals_words(value, tokenizer):
     one, nan, silent = read_examples(value, "tvqa", "val")
-    text = tokenizer.decode(data.encode(tokenizer, "tvqa", one))
+    text = tokenizer.decode(data.text_ids(tokenizer, "tvqa", one))
     assert text == ("[Subs] Hi. Ann! [Q] What does Ann hold? [TS] (10.2-15.07) [Choices] a0: A cup. a1: A book. a2: Her keys. "
                     "a3: Nothing. a4: A hat. tvqa: ")
     assert (one.answers, one.truth) == ({"a2": 1.0}, {"answer": "a2", "show": "Castle"})
@@ -299,15 +308,15 @@ def test_moments_have_four_references_and_whole_videos(value, tokenizer):
     assert [e.answers for e in read_examples(value, "tvc", "train_release")] == [{"Kate does 0.": 1.0}, {"Kate does 1.": 1.0}]
     clip, = read_examples(value, "tvc", "val_release")
     assert clip.id == 501 and len(clip.truth["references"]) == 4
-    assert tokenizer.decode(data.encode(tokenizer, "tvc", clip)) == "[Subs] Hi. Ann! [TS] ([12.0, 17.55]) tvc: "
+    assert tokenizer.decode(data.text_ids(tokenizer, "tvc", clip)) == "[Subs] Hi. Ann! [TS] ([12.0, 17.55]) tvc: "
     assert read_examples(value, "tvc", "test_release")[0].truth["references"] == []
     recipe, = read_examples(value, "yc2c", "val_release")
-    assert (recipe.pictures, tokenizer.decode(data.encode(tokenizer, "yc2c", recipe)).split()) == (("abCdEf-1_23_4",), ["[Subs]", "yc2c:"])
+    assert tokenizer.decode(data.text_ids(tokenizer, "yc2c", recipe)) == "[Subs] yc2c: " and recipe.pictures == ("abCdEf-1_23_4",)
 
 
 def test_of_a_long_text_the_subtitles_are_cut(tokenizer):
     example = data.Example(1, ("x",), data.choose_from("Who?", "0-1", ["Ann", "Bob"]), {}, subtitles="so it is " * 500)
-    ids = data.encode(tokenizer, "tvqa", example)
+    ids = data.text_ids(tokenizer, "tvqa", example)
     assert len(ids) == 600 and ids[-1] == tokenizer.end
     text = tokenizer.decode(ids)
     assert text.startswith("[Subs] so it is so") and text.endswith(" [Q] Who? [TS] (0-1) [Choices] a0: Ann. a1: Bob. tvqa: ")
@@ -548,6 +557,6 @@ def test_the_report_counts_what_is_there_and_what_is_not(world, monkeypatch, cap
         data.main()
     said = capsys.readouterr().out
     assert end.value.code == 2
-    assert "karpathy_train         64 examples (published: 605,102)" in said
+    assert "karpathy_train             64 examples (published: 605,102)" in said
     assert "28 pictures, 1 missing, 1 unreadable" in said and pictures[0].stem in said and pictures[1].name in said
     assert "train_balanced_questions.json is missing" in said and "get it at https://cs.stanford.edu" in said

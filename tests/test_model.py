@@ -290,8 +290,10 @@ def test_a_bart_saved_without_its_head_is_whole(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (None, "is missing"), ("{", "is not JSON"), ("[]", "expected a JSON object"), ("{}", "model_type is None"),
     (json.dumps(SIZES | {"model_type": "gpt2"}), "model_type is 'gpt2', expected one of bart"),
-    (json.dumps(SIZES | {"model_type": "bart", "encoder_attention_heads": 5}), "d_model is no multiple of"),
+    (json.dumps(SIZES | {"model_type": "bart", "encoder_attention_heads": 5, "decoder_attention_heads": 5}), "d_model is no multiple of"),
     (json.dumps(SIZES | {"model_type": "bart", "activation_function": "relu"}), "only BART with gelu"),
+    (json.dumps(SIZES | {"model_type": "bart", "decoder_attention_heads": 1}),
+     "decoder_attention_heads and encoder_attention_heads differ"),
     (json.dumps(SIZES | {"model_type": "bart", "decoder_layers": -1}), "decoder_layers is -1, expected a number from 1 on"),
     *((json.dumps({name: size for name, size in SIZES.items() if name != field} | {"model_type": "bart"}),
        f"{field} is None, expected a number from 1 on")
