@@ -212,11 +212,11 @@ class LowRankUpdate(nn.Module):
     rank (inputs + outputs) weights.
     """
 
-    def __init__(self, inputs: int, outputs: int, rank: int, dropout: float):
+    def __init__(self, inputs: int, outputs: int, rank: int, dropout: nn.Module):
         super().__init__()
         self.a, self.b = nn.Parameter(torch.empty(rank, inputs)), nn.Parameter(torch.zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, x):
         return self.dropout(x) @ self.a.T @ self.b.T
@@ -346,11 +346,11 @@ def fill_prompt(model, d_model, tasks, share, sites, length, mid_dim) -> int:
 
 
 def fill_lora(model, d_model, tasks, share, sites, rank, alpha, dropout, targets) -> int:
-    filled = 0
+    filled, kind = 0, next((type(m) for m in model.modules() if isinstance(m, nn.Dropout)), nn.Dropout)  # the model's own
     for target in targets:
         for module in places(model, target, sites).values():
             old = getattr(module, target)
-            make = lambda: LowRankUpdate(old.in_features, old.out_features, rank, dropout)
+            make = lambda: LowRankUpdate(old.in_features, old.out_features, rank, kind(dropout))
             setattr(module, target, LoRALinear(old, per_task(tasks, share, make), alpha / rank))
             filled += 1
     return filled

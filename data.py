@@ -130,10 +130,9 @@ def read_vqa(data: Path, split: str) -> list[Example]:
     members = {image["cocoid"]: image["filepath"] for image in images if image["split"] in KARPATHY[split]}
     annotations, questions = {}, {}
     for i, year in enumerate(years):
-        questions |= {r["question_id"]: r
-                      for r in records(asked[i], "question_id", "image_id", "question", key="questions")}
-        annotations |= {r["question_id"]: r for r in records(given[i], "question_id", "image_id", "answers",
-                                                             "multiple_choice_answer", key="annotations")}
+        questions |= by_id(records(asked[i], "question_id", "image_id", "question", key="questions"), asked[i])
+        annotations |= by_id(records(given[i], "question_id", "image_id", "answers", "multiple_choice_answer",
+                                     key="annotations"), given[i])
         if questions.keys() != annotations.keys():
             odd = min(questions.keys() ^ annotations.keys())
             raise DataError(f"{data / 'vqa'}: the questions and annotations of {year} do not match; "
@@ -224,11 +223,11 @@ def read_captions(data: Path, split: str) -> list[Example]:
     for r in records(data / "COCO" / "dataset_coco.json", "cocoid", "filename", "filepath", "split", "sentences",
                      key="images"):
         if r["split"] in KARPATHY.get(split, ()) or r["filepath"] == split:
-            picture, captions = (Path(r["filename"]).stem,), {s["sentid"]: s["raw"].strip() for s in r["sentences"]}
+            picture, captions = (Path(r["filename"]).stem,), [(s["sentid"], s["raw"].strip()) for s in r["sentences"]]
             if split == "karpathy_train":
-                examples += [Example(number, picture, "", {caption: 1.0}) for number, caption in captions.items()]
+                examples += [Example(number, picture, "", {caption: 1.0}) for number, caption in captions]
             else:
-                examples.append(Example(r["cocoid"], picture, "", {}, "", {"references": list(captions.values())}))
+                examples.append(Example(r["cocoid"], picture, "", {}, "", {"references": [text for _, text in captions]}))
     return examples
 
 
@@ -253,10 +252,12 @@ def read_choices(task: str, videos: str, choices: int, data: Path, split: str) -
     said, names, examples = read_subtitles(data, videos), [f"a{i}" for i in range(choices)], []
     for r in records(data / "video" / "ann" / task / f"{task}_{split}.jsonl", "qid", "q", "ts", "vid_name", *names):
         right = f"a{r['answer_idx']}" if "answer_idx" in r else None
+        if right and right not in names:
+            raise DataError(f"{task}'s {split}: the answer_idx of {r['qid']} is {r['answer_idx']!r}, not one of its answers")
         video, text = str(r["vid_name"]), choose_from(r["q"], r["ts"], [r[name] for name in names])
         examples.append(Example(r["qid"], (video,), text, {right: 1.0} if right else {},
                                 " ".join(r["q"].split()[:2]).lower(),
-                                {"answer": right, "show": r.get("show_name", "")}, said.get(video, "")))
+                                {"answer": right, "show": r.get("show_name") or ""}, said.get(video, "")))
     return examples
 
 
@@ -267,6 +268,8 @@ def read_moments(task: str, videos: str, data: Path, split: str) -> list[Example
         video, descriptions = str(r["vid_name"]), r.get("descs", ())
         about = dict(pictures=(video,), text=f"[TS] ({r['ts']})" if "ts" in r else "", subtitles=said.get(video, ""))
         if split.startswith("train"):
+            if not descriptions:
+                raise DataError(f"{task}'s {split}: clip {r['clip_id']} has no descriptions to learn from")
             examples += [Example(id=d["desc_id"], answers={d["desc"].strip(): 1.0}, **about) for d in descriptions]
         else:
             truth = {"references": [d["desc"] for d in descriptions], "video": video, "ts": r.get("ts")}
@@ -344,7 +347,7 @@ VIDEOS = "tv", "how2", "yc2"
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")     # with or without a byte order mark
     except FileNotFoundError:
         raise DataError(f"{path} is missing; `python data.py --data DIR` says where to get what is needed") from None
     except UnicodeDecodeError:
@@ -354,7 +357,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path):
     try:
         return json.loads(read_text(path))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         if isinstance(problem, DataError):
             raise
         raise DataError(f"{path} is truncated or not JSON: {problem}") from None
@@ -369,7 +372,7 @@ def read_lines(path: Path) -> list:
         try:
             if line.strip():
                 found.append(json.loads(line))
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise DataError(f"{path}, line {number} is truncated or not JSON: {problem}") from None
     return found
 
@@ -391,21 +394,39 @@ def records(path: Path, *fields: str, key: str | None = None) -> list[dict]:
 
 def read_examples(data: str | Path, task: str, split: str) -> list[Example]:
     """The examples of a split. Raises DataError where its files are missing, broken or empty, or name an id twice."""
+    where = f"{task}'s {split} below {data}"
     try:
         examples = TASKS[task].read(Path(data), split)
-    except (AttributeError, KeyError, TypeError) as problem:
-        raise DataError(f"a record of {task}'s {split} below {data} is not as published: {problem!r}") from None
-    if not examples:
-        raise DataError(f"{task} has no examples for {split} below {data}")
-    number, count = Counter(e.id for e in examples).most_common(1)[0]
+        if not examples:
+            raise DataError(f"{where} has no examples")
+        number, count = Counter(e.id for e in examples).most_common(1)[0]
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        if isinstance(problem, DataError):
+            raise
+        raise DataError(f"a record of {where} is not as published: {problem!r}") from None
     if count > 1:
-        raise DataError(f"{task}'s {split} below {data} has the id {number} {count} times")
+        raise DataError(f"{where} has the id {number} {count} times")
+    for e in examples:
+        texts = (e.text, e.kind, e.subtitles, *e.pictures, *e.answers, *e.truth.get("references", ()))
+        weights = e.answers.values()
+        if not all(isinstance(x, str) for x in texts) or not all(isinstance(w, (int, float)) and w >= 0 for w in weights):
+            raise DataError(f"{where}: {e.id} has something else where a text or a weight should be: {e}"[:300])
     return examples
+
+
+def by_id(rows: list[dict], path: Path) -> dict:
+    """Rows by their question_id, which must differ."""
+    found = {row["question_id"]: row for row in rows}
+    if len(found) < len(rows):
+        raise DataError(f"{path} has {len(rows) - len(found):,} question_ids twice")
+    return found
 
 
 # ---- pictures and videos ------------------------------------------------------------------------------------------
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".npz"}
+PICTURE_FILES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
+VIDEO_FILES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".ts", ".gif", ".npz"}
+LONGEST = 4 * 3600                                      # seconds of a video; a time stamp beyond is a broken one
 
 
 def folders_of(data: Path, name: str) -> list[Path]:
@@ -418,15 +439,15 @@ def find_files(folders: Iterable[Path], names: Iterable[str], video: bool = Fals
 
     A folder that has the name of a video is that video, in frames.
     """
-    wanted, found = set(names), {}
+    wanted, found, suffixes = set(names), {}, VIDEO_FILES if video else PICTURE_FILES
     for top in folders:
-        for folder, inner, files in os.walk(top):
+        for folder, inner, files in os.walk(top, followlinks=True):
             for name in wanted.intersection(inner) if video else ():
                 found.setdefault(name, Path(folder, name))
                 inner.remove(name)
             for name in files:
                 stem, suffix = os.path.splitext(name)
-                if stem in wanted and suffix.lower() in SUFFIXES:
+                if stem in wanted and suffix.lower() in suffixes:
                     found.setdefault(stem, Path(folder, name))
     return found
 
@@ -477,7 +498,8 @@ def load_video(path: Path, resolution: int) -> np.ndarray:
     A folder has the video's frames at 3 a second, as TVQA's owners give them out.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        files = [file for file in path.iterdir() if file.suffix.lower() in PICTURE_FILES and file.name[0] != "."]
+        files.sort(key=lambda file: (len(file.stem), file.stem))                # 2.jpg before 10.jpg
         timed = ((Fraction(i, 3), Fraction(1, 3), file) for i, file in enumerate(files))
         kept = [crop_picture(open_picture(file), resolution) for file in list(sample(timed, FPS)) or files[-1:]]
     else:
@@ -511,19 +533,24 @@ def decode_video(path: Path, side: int) -> list[np.ndarray]:
         length = Fraction(container.duration or 0, av.time_base)
         # The extractor of VALUE's features takes at least about two frames of a short video.
         fps = Fraction(2, max(int(length), 1)) if 0 < length < Fraction(16, 10) else FPS
-        decoded, last, end = 0, None, Fraction(0)
+        read, decoded, last, reached = 0, 0, None, Fraction(0)
 
         def timed():
-            nonlocal decoded, last, end
-            for frame in container.decode(stream):
-                time = decoded * step if frame.pts is None else frame.pts * frame.time_base - start
-                duration = frame.duration * frame.time_base if frame.duration else step
-                decoded, last, end = decoded + 1, frame, time + duration
-                yield time, duration, frame
+            nonlocal read, decoded, last, reached
+            for packet in container.demux():            # of sound, too: what a file cut short ends with
+                if packet.pts is not None:
+                    reached = max(reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                read += packet.stream is stream and packet.size > 0
+                for frame in packet.decode() if packet.stream is stream else ():
+                    time = decoded * step if frame.pts is None else frame.pts * frame.time_base - start
+                    if time > LONGEST:
+                        raise DataError(f"{path} has a time stamp of {float(time):,.0f} seconds, which must be wrong")
+                    decoded, last = decoded + 1, frame
+                    yield time, frame.duration * frame.time_base if frame.duration else step, frame
 
         kept = [crop_frame(frame, side) for frame in sample(timed(), fps)]
-        if decoded < 0.9 * stream.frames or not container.streams.audio and end < length * Fraction(9, 10):
-            raise DataError(f"{path} is truncated: {float(end):.1f} of {float(length):.1f} seconds are there")
+        if read < stream.frames * 0.9 if stream.frames else reached < length * Fraction(9, 10):
+            raise DataError(f"{path} is truncated: {float(reached):.1f} of {float(length):.1f} seconds are there")
         return kept or [crop_frame(last, side)] * (last is not None)
 
 
@@ -546,8 +573,8 @@ def load_features(path: Path) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as file:
             features = file["features"]
-        if features.ndim != 2 or not len(features) or not np.isfinite(features).all():
-            raise ValueError(f"its features have the shape {list(features.shape)} or are no numbers")
+        if features.ndim != 2 or not features.size or features.dtype.kind != "f" or not np.isfinite(features).all():
+            raise ValueError(f"its features are {list(features.shape)} of {features.dtype} or not finite")
         return features
     except Exception as problem:
         raise DataError(f"{path} is not a file of VALUE's features: {problem}") from None
@@ -637,7 +664,10 @@ class FeatureStore:
                     if features.shape[1:] != self.shape:
                         raise DataError(f"features of {good[0][0]} have the shape {list(features.shape[1:])}, "
                                         f"expected {list(self.shape)}")
-                    file.write(features.to(torch.float16).cpu().numpy().tobytes())
+                    features = features.to(torch.float16)
+                    if not features.isfinite().all():
+                        raise DataError(f"features of {good[0][0]} or one of the next {len(good) - 1} are beyond float16")
+                    file.write(features.cpu().numpy().tobytes())
                     self.row.update({name: len(self.row) + k for k, (name, _) in enumerate(good)})
                 if i % 100 == 99:
                     self.save(file)
@@ -679,8 +709,8 @@ class Corpus:
         self.text = fill(texts, max(map(len, texts)), self.pad)
         self.rows = np.array([[store.row[name] for name in e.pictures] for e in examples])
         numbers = {}                            # answer -> number, over all examples
-        self.choices = [[(numbers.setdefault(answer, len(numbers)), weight) for answer, weight in e.answers.items()] or
-                        [(numbers.setdefault("", len(numbers)), 0.0)] for e in examples]
+        self.choices = [[(numbers.setdefault(answer, len(numbers)), weight) for answer, weight in e.answers.items()
+                         if weight > 0] or [(numbers.setdefault("", len(numbers)), 0.0)] for e in examples]
         self.targets = [tokenizer.encode(answer, row.answer) for answer in numbers]
         self.length = max(map(len, self.targets))
 

@@ -75,7 +75,7 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
 def mean_by(values: list[float], names: list[str]) -> dict[str, float]:
     groups = defaultdict(list)
     for value, name in zip(values, names):
-        groups[name].append(value)
+        groups[str(name or "")].append(value)
     return {name: sum(group) / len(group) for name, group in sorted(groups.items()) if name}
 
 
@@ -295,13 +295,17 @@ class Metric:
     score: Callable[[list[Example], list[str]], dict[str, float]]       # in per cent, the headline first
     suffix: str                                                         # of a file of predictions
     write: Callable[[list[Example], list[str]], str]                    # the content of such a file
-    read: Callable[[str], dict]                                         # the content to {id: answer}
+    read: Callable[[str], list[tuple]]                                  # the content to (id, answer)
 
 
 def one_list(key: str, value: str):
     """[{key: id, value: answer}, ...]"""
     return (".json", lambda examples, answers: json.dumps([{key: e.id, value: a} for e, a in zip(examples, answers)]),
-            lambda text: {r[key]: r[value] for r in json.loads(text)})
+            lambda text: [(r[key], r[value]) for r in json.loads(text)])
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def write_moments(examples: list[Example], answers: list[str]) -> str:
@@ -318,21 +322,25 @@ METRICS = {
     "caption": Metric(score_captions, *one_list("image_id", "caption")),
     "nlvr": Metric(score_nlvr, ".csv",
                    lambda examples, answers: "".join(f"{e.id},{a.capitalize()}\n" for e, a in zip(examples, answers)),
-                   lambda text: {line.split(",")[0]: line.split(",")[1].strip().lower() for line in text.splitlines()}),
+                   lambda text: [(line.split(",")[0], {"True": "true", "False": "false"}[line.split(",")[1].strip()])
+                                 for line in lines(text)]),
     "choices": Metric(score_choices, ".json",               # 0 where the answer is none, as in the original
                       lambda examples, answers: json.dumps({str(e.id): int(a[1]) if a[1:].isdecimal() else 0
                                                             for e, a in zip(examples, answers)}),
-                      lambda text: {number: f"a{choice}" for number, choice in json.loads(text).items()}),
+                      lambda text: [(number, f"a{range(5)[choice]}") for number, choice in json.loads(text).items()]),
     "moment": Metric(partial(score_captions, ascii_only=True), ".jsonl", write_moments,
-                     lambda text: {r["clip_id"]: r["descs"][0]["desc"] for r in map(json.loads, text.splitlines())}),
+                     lambda text: [(r["clip_id"], r["descs"][0]["desc"]) for r in map(json.loads, lines(text))]),
 }
 
 
 def read_predictions(path: Path, task: str, examples: list[Example]) -> list[str]:
     """The answers of a file in the official form, in the order of the examples. Raises RunError."""
     try:
-        said = {str(number): str(a) for number, a in METRICS[TASKS[task].metric].read(path.read_text("utf-8")).items()}
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as problem:
+        pairs = METRICS[TASKS[task].metric].read(path.read_text("utf-8-sig"))
+        said = {str(number): answer for number, answer in pairs}
+        if not all(isinstance(answer, str) for answer in said.values()) or len(said) < len(pairs):
+            raise ValueError("an answer is no text, or an id is there twice")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as problem:
         raise RunError(f"{path} is no file of predictions for {task} in the official form: {problem!r}") from None
     missing = sum(str(e.id) not in said for e in examples)
     if missing:
@@ -547,10 +555,11 @@ def read_run(folder: Path) -> dict:
     """The flags of a run."""
     try:
         flags = json.loads((folder / "config.json").read_text(encoding="utf-8"))["flags"]
+        task_list(",".join(flags["tasks"]))
         return {name: flags[name] for name in FLAGS}
     except FileNotFoundError:
         raise RunError(f"{folder} is not a run: it has no config.json") from None
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, argparse.ArgumentTypeError) as problem:
         raise RunError(f"{folder / 'config.json'} is not the config.json of a run: {problem!r}") from None
 
 
@@ -622,8 +631,15 @@ def shuffle_pictures(corpus: Corpus, seed: int = 0):
 
 
 def score(task: str, examples: list[Example], predictions: list[str]) -> dict[str, float]:
-    """The official scores of a task, the headline first."""
+    """The official scores of a task, the headline first. Raises RunError for examples without labels."""
+    check_labels(task, examples)
     return METRICS[TASKS[task].metric].score(examples, predictions)
+
+
+def check_labels(task: str, examples: list[Example]):
+    hidden = sum(not any(e.truth.get(name) for name in ("answer", "answers", "references")) for e in examples)
+    if hidden:
+        raise RunError(f"{task} cannot be scored: {hidden:,} of {len(examples):,} examples have no labels")
 
 
 def print_scores(scores: dict[str, dict[str, float]], title: str):
@@ -743,6 +759,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.batch < 1:
         parser.error("--batch is a number from 1 on")
+    if (args.question or args.choices or args.subtitles) and not args.image and not args.video:
+        parser.error("--question, --choices and --subtitles go with --image or --video")
     return args
 
 

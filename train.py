@@ -29,7 +29,7 @@ from tqdm import tqdm
 import toy
 from adapters import METHODS, select, trainable
 from data import TASKS, ahead, batch_size, mixture, report_problems, task_list, write_atomically
-from evaluate import (PROBLEMS, RunError, answer, build_model, check_weights, family, keep_in_bf16, load_run_weights, load_state,
+from evaluate import (PROBLEMS, RunError, answer, build_model, check_labels, check_weights, family, keep_in_bf16, load_run_weights, load_state,
                       open_corpora, open_eye, pick_device, print_scores, read_run, run_weights, score, weight_hashes,
                       weight_path)
 from model import FAMILIES
@@ -65,6 +65,8 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
     with first(world):                                  # the first process encodes the pictures for all
         corpora, validation = open_corpora(flags, tokenizer, eye, {task: TASKS[task].train for task in flags["tasks"]},
                                            {task: TASKS[task].validation for task in flags["tasks"]}, say=say)
+    for task, corpus in validation.items():
+        check_labels(task, corpus.examples)
     with first(world):
         describe(run, flags, device, world)
     trained, total = trainable(model), sum(p.numel() for p in model.parameters())
@@ -356,7 +358,7 @@ def complete(given: dict, device: torch.device, world: int) -> dict:
     elif family(weight_path(flags | given, (flags | given)["backbone"])) == "t5":
         flags["batch"] = 30 if video else 300
     flags |= given
-    if min(flags["batch"], flags["accumulate"], flags["epochs"]) < 1 or flags["lr"] <= 0:
+    if min(flags["batch"], flags["accumulate"], flags["epochs"]) < 1 or not 0 < flags["lr"] < float("inf"):
         raise RunError("--batch, --accumulate, --epochs and --lr are positive numbers")
     if not 0 <= flags["seed"] < 2 ** 31:
         raise RunError("--seed is a number from 0 to 2147483647")

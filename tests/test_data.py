@@ -409,9 +409,11 @@ def test_frames_of_files_are_those_of_pyavs_filter(tmp_path, name, suffix):
     assert len(ours) == len(theirs) and np.abs(np.subtract(ours, theirs)).max() <= 20, (ours, theirs)
 
 
-def test_frames_of_tvqa_are_a_folder_at_three_a_second(tmp_path):
+@pytest.mark.parametrize("name", ["{:05d}.jpg", "{}.jpg"])
+def test_frames_of_tvqa_are_a_folder_at_three_a_second(tmp_path, name):
+    (tmp_path / "._1.jpg").write_text("what a Mac leaves behind")
     for i in range(30):
-        Image.new("RGB", (40, 20), (8 * i, 0, 0)).save(tmp_path / f"{i + 1:05d}.jpg")
+        Image.new("RGB", (40, 20), (8 * i, 0, 0)).save(tmp_path / name.format(i + 1))
     assert [round(int(frame[0, 0, 0]) / 8) for frame in load_video(tmp_path, 16)] == [2, 6, 11, 15, 20, 24, 29]
 
 
@@ -467,6 +469,7 @@ BAD_VIDEOS = {
     "cut short, mp4": (lambda p: cut(make_video(p, TEN_SECONDS, options={"movflags": "faststart"}), 0.6), "mp4", "truncated"),
     "cut short, mkv": (lambda p: cut(make_video(p, TEN_SECONDS), 0.6), "mkv", "is truncated"),
     "audio only": (audio_only, "mp4", "has no pictures, only audio"),
+    "a wrong time stamp": (lambda p: make_video(p, [0, 40, 80, 10 ** 9], "ffv1"), "mkv", "has a time stamp of 1,000,000 seconds"),
     "of no length": (lambda p: make_video(p, []), "mkv", "x.mkv"),
     "an empty folder": (Path.mkdir, "", "has no frames"),
 }
@@ -491,6 +494,27 @@ def test_a_video_without_time_stamps_goes_by_its_rate(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), i, np.uint8), "rgb24")))
         container.mux(stream.encode(None))
     assert np.abs([int(f.mean()) - k for f, k in zip(load_video(path, 32), [18, 56, 93, 131, 168, 206, 243])]).max() < 5
+
+
+def test_a_cut_that_hides_frames_is_not_taken_for_truncated(tmp_path):
+    """Two seconds cut out by copying packets: more are in the file than its edit list shows."""
+    with av.open(str(make_video(tmp_path / "whole.mp4", TEN_SECONDS))) as whole, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        whole.seek(4_000_000)
+        for packet in whole.demux(video=0):
+            if packet.dts is not None and packet.pts * packet.time_base < 6:
+                packet.pts, packet.dts = packet.pts - round(4 / packet.time_base), packet.dts - round(4 / packet.time_base)
+                packet.stream = stream
+                cut.mux(packet)
+    assert len(load_video(tmp_path / "cut.mp4", 32)) >= 1
+
+
+def test_pictures_behind_links_are_found(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "7.jpg").touch()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "train2014").symlink_to(tmp_path / "elsewhere")
+    assert find_files([tmp_path / "images"], ["7"]) == {"7": tmp_path / "images" / "train2014" / "7.jpg"}
 
 
 def test_a_short_video_has_a_frame(tmp_path):
@@ -530,11 +554,18 @@ BAD_FILES = {
                           "has the id train-0-0-0 2 times"),
     "caption without text": (lambda w: spoil(w / "COCO/dataset_coco.json", lambda c: c["images"][0]["sentences"][0].pop("raw")),
                              "caption", "a record of caption's karpathy_train"),
+    "an answer's number that is none": (lambda w: spoil_line(w / "video/ann/tvqa/tvqa_train.jsonl", answer_idx=7), "tvqa",
+                                        "is 7, not one of its answers"),
+    "no descriptions": (lambda w: spoil_line(w / "video/ann/tvc/tvc_train_release.jsonl", descs=[]), "tvc", "has no descriptions"),
+    "a question that is no text": (lambda w: spoil(w / VAL, lambda c: [q.update(question=5) for q in c["questions"]]), "vqa",
+                                   "has something else where a text or a weight should be"),
+    "a question twice": (lambda w: spoil(w / VAL, lambda c: c["questions"].append(c["questions"][0])), "vqa", "1 question_ids twice"),
+    "nested without end": (lambda w: (w / VAL).write_text("[" * 100_000), "vqa", "truncated or not JSON"),
     "subtitles missing": (lambda w: (w / "video/ann/tv_subtitles.jsonl").unlink(), "tvqa", "tv_subtitles.jsonl is missing"),
     "an answer missing": (lambda w: spoil_line(w / "video/ann/tvqa/tvqa_train.jsonl", a4=None), "tvqa", "a record of tvqa's train"),
     "gqa of another data set": (lambda w: shutil.copy(w / VAL, w / "GQA/val_balanced_questions.json"), "gqa", "is not GQA's"),
     "gqa empty": (lambda w: [(w / f"GQA/{p}_balanced_questions.json").write_text("{}") for p in ("train", "val")], "gqa",
-                  "gqa has no examples for train,val"),
+                  "gqa's train,val below"),
 }
 
 
