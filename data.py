@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from tokenizer import BPE, Unigram
+from tokenizer import Tokenizer
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # CLIP's, of pixels in 0..1
 FRAMES, FPS = 64, Fraction(2, 3)                        # visual tokens of a video, frames a second (VALUE's features)
@@ -253,7 +253,7 @@ def read_choices(task: str, videos: str, choices: int, data: Path, split: str) -
     for r in records(data / "video" / "ann" / task / f"{task}_{split}.jsonl", "qid", "q", "ts", "vid_name", *names):
         right = f"a{r['answer_idx']}" if "answer_idx" in r else None
         if right and right not in names:
-            raise DataError(f"{task}'s {split}: the answer_idx of {r['qid']} is {r['answer_idx']!r}, not one of its answers")
+            raise DataError(f"{task}'s {split}: {r['qid']} has the answer_idx {r['answer_idx']!r}, not one of its answers")
         video, text = str(r["vid_name"]), choose_from(r["q"], r["ts"], [r[name] for name in names])
         examples.append(Example(r["qid"], (video,), text, {right: 1.0} if right else {},
                                 " ".join(r["q"].split()[:2]).lower(),
@@ -702,7 +702,7 @@ def write_atomically(path: Path, content: bytes):
 class Corpus:
     """The examples of one task and split as integers, and batches of them that all have one shape."""
 
-    def __init__(self, task: str, examples: list[Example], tokenizer: BPE | Unigram, store: FeatureStore, prompts: bool = True):
+    def __init__(self, task: str, examples: list[Example], tokenizer: Tokenizer, store: FeatureStore, prompts: bool = True):
         self.task, self.examples, self.store, self.pad = task, examples, store, tokenizer.pad
         row = TASKS[task]
         texts = [text_ids(tokenizer, task, e, prompts) for e in examples]
@@ -742,7 +742,7 @@ class Corpus:
         return batch
 
 
-def text_ids(tokenizer: BPE | Unigram, task: str, example: Example, prompts: bool = True) -> list[int]:
+def text_ids(tokenizer: Tokenizer, task: str, example: Example, prompts: bool = True) -> list[int]:
     """An example's text as ids, with the prompt of its task; of a text too long the subtitles are cut, if it has any.
 
     The original cuts on the right, where a video's question, its answers and the prompt stand.

@@ -38,16 +38,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from adapters import install, select, trainable
-from data import (FRAMES, TASKS, VIDEOS, Corpus, DataError, Example, FeatureStore, Task, choose_from, find_files, fit_frames,
-                  folders_of, load_features, load_picture, load_video, normalise, open_picture, read_examples,
+from data import (FRAMES, TASKS, VIDEOS, Corpus, DataError, Example, FeatureStore, Task, choose_from, find_files,
+                  fit_frames, folders_of, load_features, load_picture, load_video, normalise, open_picture, read_examples,
                   report_problems, task_list, text_ids, vqa_normal_form, write_atomically)
 from model import (ADDED_WORDS, VISUAL_SIDE, CLIPResNet, Model, WeightsError, fold_norms, generate, load_backbone,
                    load_clip, pool, read_json)
-from tokenizer import BPE, Unigram, VocabularyError, load_tokenizer
+from tokenizer import Tokenizer, VocabularyError, load_tokenizer
 
 
-FLAGS = ("method", "tasks", "share", "sites", "sizes", "prompts", "data", "weights", "backbone", "vision", "epochs",
-         "batch", "accumulate", "lr", "seed", "bf16", "compile", "recompute", "allow_missing")  # of train.py, in config.json
+FLAGS = (  # of train.py, kept in a run's config.json
+    "method", "tasks", "share", "sites", "sizes", "prompts", "data", "weights", "backbone", "vision", "epochs", "batch",
+    "accumulate", "lr", "seed", "bf16", "compile", "recompute", "allow_missing")
 
 
 class RunError(ValueError):
@@ -394,7 +395,7 @@ def family(folder: Path) -> str:
     return read_json(folder / "config.json").get("model_type", "")
 
 
-def build_model(flags: dict, feature_dim: int) -> tuple[Model, BPE | Unigram, int]:
+def build_model(flags: dict, feature_dim: int) -> tuple[Model, Tokenizer, int]:
     """The pre-trained backbone with the run's method installed, its tokenizer, and how many places were filled."""
     folder = weight_path(flags, flags["backbone"])
     added = [f"<{kind}_{i}>" for kind in ("extra_id", "vis_extra_id") for i in reversed(range(ADDED_WORDS // 2))]
@@ -480,7 +481,7 @@ def open_eye(flags: dict, device: torch.device) -> tuple[Eye | Released, int]:
     return eye, eye.channels(*videos)
 
 
-def open_corpora(flags: dict, tokenizer: BPE | Unigram, eye: Eye | Released, *splits: dict[str, str],
+def open_corpora(flags: dict, tokenizer: Tokenizer, eye: Eye | Released, *splits: dict[str, str],
                  say: Callable[[str], None] = print) -> list[dict[str, Corpus]]:
     """For each {task: split} a {task: corpus}.
 
@@ -580,7 +581,7 @@ def load_state(path: Path) -> dict:
 
 
 @torch.no_grad()
-def decide(model: Model, tokenizer: BPE | Unigram, choices: tuple[str, ...], ids, features) -> list[str]:
+def decide(model: Model, tokenizer: Tokenizer, choices: tuple[str, ...], ids, features) -> list[str]:
     """Of a few answers the one whose first token is likeliest, the first in a tie: how the original judges NLVR2."""
     words = [tokenizer.pieces(choice)[0] for choice in choices]
     before = tokenizer.encode(choices[0])
@@ -590,7 +591,7 @@ def decide(model: Model, tokenizer: BPE | Unigram, choices: tuple[str, ...], ids
     return [choices[i] for i in logits[:, words].argmax(1).tolist()]
 
 
-def answer(model: Model, tokenizer: BPE | Unigram, corpus: Corpus, device: torch.device, batch: int, bf16: bool = False,
+def answer(model: Model, tokenizer: Tokenizer, corpus: Corpus, device: torch.device, batch: int, bf16: bool = False,
            quiet: bool = False) -> list[str]:
     """The model's answer to every question of a corpus, in order."""
     model.eval()
@@ -607,7 +608,7 @@ def answer(model: Model, tokenizer: BPE | Unigram, corpus: Corpus, device: torch
     return answers
 
 
-def reply(model: Model, tokenizer: BPE | Unigram, row: Task, ids, features) -> list[str]:
+def reply(model: Model, tokenizer: Tokenizer, row: Task, ids, features) -> list[str]:
     if row.choices:
         return decide(model, tokenizer, row.choices, ids, features)
     return [tokenizer.decode(words).strip() for words in generate(model, ids, features, row.beams).tolist()]
@@ -764,7 +765,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def ask(args: argparse.Namespace, model: Model, tokenizer: BPE | Unigram, eye: Eye | Released, task: str, prompts: bool) -> str:
+def ask(args: argparse.Namespace, model: Model, tokenizer: Tokenizer, eye: Eye | Released, task: str, prompts: bool) -> str:
     """The answer to --question about --image or --video."""
     row, paths = TASKS[task], [args.video] if args.video else args.image
     if row.video != bool(args.video):
@@ -846,7 +847,7 @@ def main():
         print(f"\npredictions are in {args.run}; look at {args.run / 'predictions.html'}")
 
 
-def submit(folder: Path, flags: dict, tokenizer: BPE | Unigram, eye: Eye | Released, tasks: list[str], answer_all: Callable):
+def submit(folder: Path, flags: dict, tokenizer: Tokenizer, eye: Eye | Released, tasks: list[str], answer_all: Callable):
     """The files of the official servers, complete: a file or picture that is missing ends it before the first answer."""
     files = [(task, split, name) for task in tasks for split, name in TASKS[task].submission.items()]
     opened = open_corpora(flags | {"allow_missing": False}, tokenizer, eye, *({task: split} for task, split, _ in files))

@@ -90,7 +90,8 @@ def bart(json_config: dict, feature_dim: int, words: int) -> Config:
     if said.get("activation_function", "gelu") != "gelu" or said.get("scale_embedding"):
         raise WeightsError("only BART with gelu and unscaled embeddings is built here (bart-base, bart-large)")
     for name in ("attention_heads", "ffn_dim"):
-        if said.get(f"encoder_{name}") and said.get(f"decoder_{name}", said[f"encoder_{name}"]) != said[f"encoder_{name}"]:
+        ours, theirs = said.get(f"encoder_{name}"), said.get(f"decoder_{name}")
+        if None not in (ours, theirs) and ours != theirs:
             raise WeightsError(f"decoder_{name} and encoder_{name} differ, as in no published BART")
     sizes = dict(loaded_words="vocab_size", d_model="d_model", heads="encoder_attention_heads", d_ff="encoder_ffn_dim",
                  encoder_layers="encoder_layers", decoder_layers="decoder_layers",
@@ -253,7 +254,8 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         head_dim = config.head_dim or config.d_model // config.heads
-        self.heads, self.dropout, self.scale = config.heads, Dropout(config.dropout), config.score_scale or head_dim ** -0.5
+        self.heads, self.dropout = config.heads, Dropout(config.dropout)
+        self.scale = config.score_scale or head_dim ** -0.5
         d_model, width = config.d_model, config.heads * head_dim
         self.q, self.k = nn.Linear(d_model, width, config.bias), nn.Linear(d_model, width, config.bias)
         self.v, self.out = nn.Linear(d_model, width, config.bias), nn.Linear(width, d_model, config.bias)
@@ -726,7 +728,8 @@ def expand(table: dict, config: Config) -> dict[str, tuple[str, ...]]:
             for x in "qkv" for kind in ("weight", "bias")]
     fill = lambda name, gap: name.replace("*", "{kind}").format(**gap)
     return {fill(ours, gap): tuple(fill(name, gap) for name in ([theirs] if isinstance(theirs, str) else theirs))
-            for ours, theirs in table.items() for gap in gaps if not ours.startswith("decoder") or gap["stack"] == "decoder"}
+            for ours, theirs in table.items() for gap in gaps
+            if gap["stack"] == "decoder" or not ours.startswith("decoder")}
 
 
 def load_clip(path: str | Path) -> CLIPResNet:

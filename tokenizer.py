@@ -275,7 +275,10 @@ class Normalizer:
         return chunk, end
 
 
-def load_tokenizer(folder: str | Path, added: Sequence[str] = ()) -> BPE | Unigram:
+Tokenizer = BPE | Unigram
+
+
+def load_tokenizer(folder: str | Path, added: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer of a folder: Unigram if it has spiece.model, else BPE."""
     return (Unigram if (Path(folder) / "spiece.model").exists() else BPE)(folder, added)
 

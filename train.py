@@ -29,9 +29,9 @@ from tqdm import tqdm
 import toy
 from adapters import METHODS, select, trainable
 from data import TASKS, ahead, batch_size, mixture, report_problems, task_list, write_atomically
-from evaluate import (PROBLEMS, RunError, answer, build_model, check_labels, check_weights, family, keep_in_bf16, load_run_weights, load_state,
-                      open_corpora, open_eye, pick_device, print_scores, read_run, run_weights, score, weight_hashes,
-                      weight_path)
+from evaluate import (PROBLEMS, RunError, answer, build_model, check_labels, check_weights, family, keep_in_bf16,
+                      load_run_weights, load_state, open_corpora, open_eye, pick_device, print_scores, read_run,
+                      run_weights, score, weight_hashes, weight_path)
 from model import FAMILIES
 
 WARMUP, CLIP, DECAY = 0.1, 5.0, 0.01                    # the paper's: share of the steps, norm of the gradient, decay

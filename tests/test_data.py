@@ -555,7 +555,7 @@ BAD_FILES = {
     "caption without text": (lambda w: spoil(w / "COCO/dataset_coco.json", lambda c: c["images"][0]["sentences"][0].pop("raw")),
                              "caption", "a record of caption's karpathy_train"),
     "an answer's number that is none": (lambda w: spoil_line(w / "video/ann/tvqa/tvqa_train.jsonl", answer_idx=7), "tvqa",
-                                        "is 7, not one of its answers"),
+                                        "has the answer_idx 7, not one of its answers"),
     "no descriptions": (lambda w: spoil_line(w / "video/ann/tvc/tvc_train_release.jsonl", descs=[]), "tvc", "has no descriptions"),
     "a question that is no text": (lambda w: spoil(w / VAL, lambda c: [q.update(question=5) for q in c["questions"]]), "vqa",
                                    "has something else where a text or a weight should be"),
