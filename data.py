@@ -621,15 +621,19 @@ class FeatureStore:
     def __init__(self, folder: Path, encoder_hash: str, tokens: int, channels: int):
         self.folder, self.shape = folder, (tokens, channels)
         self.about = {"encoder": encoder_hash, "tokens": tokens, "channels": channels}
-        self.row = {}                           # name of a picture or video -> row
-        if (folder / "index.json").exists():
-            index = read_json(folder / "index.json")
-            if not isinstance(index, dict) or not isinstance(index.get("pictures"), dict):
-                raise DataError(f"{folder / 'index.json'} is no index of features; remove {folder} to encode anew")
-            if {key: index.get(key) for key in self.about} != self.about:
-                raise DataError(f"{folder} holds features of another encoder; remove that folder to encode anew")
-            self.row = index["pictures"]
+        self.row = self.read_index()            # name of a picture or video -> row
         self.features = self.open()
+
+    def read_index(self) -> dict[str, int]:
+        path = self.folder / "index.json"
+        if not path.exists():
+            return {}
+        index = read_json(path)
+        if not isinstance(index, dict) or not isinstance(index.get("pictures"), dict):
+            raise DataError(f"{path} is no index of features; remove {self.folder} to encode anew")
+        if {key: index.get(key) for key in self.about} != self.about:
+            raise DataError(f"{self.folder} holds features of another encoder; remove that folder to encode anew")
+        return index["pictures"]
 
     def open(self):
         if not self.row:
@@ -642,19 +646,19 @@ class FeatureStore:
     def add(self, paths: dict[str, Path], load: Callable[[Path], np.ndarray], encode: Callable, size: int = 64) -> list:
         """Encodes files, `size` at a time; encode takes a list of what load gave and returns [B, tokens, channels].
 
-        What is encoded is kept, also if the run is killed. Returns a DataError for each file that is unreadable.
+        What is encoded is kept, also if the run is killed. A second process waits for the first and takes over what that
+        has encoded. Returns a DataError for each file that is unreadable.
         """
-        names, broken = list(paths), []
-        if not names:
-            return broken
+        if not paths:
+            return []
         self.folder.mkdir(parents=True, exist_ok=True)
-        loads = load_ahead(paths.values(), load, size)
-        with open(self.folder / "features.f16", "ab") as file, tqdm(total=len(names), unit=" files", desc=(
+        with open(self.folder / "features.f16", "ab") as file, tqdm(total=len(paths), unit=" files", desc=(
                 f"encoding {self.folder.parent.name}")) as bar:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                # gone with this process, however it ends
-            except BlockingIOError:
-                raise DataError(f"another run is encoding into {self.folder}; start again when it is done") from None
+            fcntl.flock(file, fcntl.LOCK_EX)                                    # gone with this process, however it ends
+            self.row = self.read_index()
+            names, broken = [name for name in paths if name not in self.row], []
+            bar.update(len(paths) - len(names))
+            loads = load_ahead([paths[name] for name in names], load, size)
             file.truncate(len(self.row) * 2 * int(np.prod(self.shape)))         # rows a killed run had not indexed
             for i, loaded in enumerate(loads):
                 good = [(name, x) for name, x in zip(names[i * size:], loaded) if not isinstance(x, DataError)]
@@ -755,7 +759,7 @@ def text_ids(tokenizer: Tokenizer, task: str, example: Example, prompts: bool = 
     ids = tokenizer.encode(f"{said} {text.lstrip()}")
     if len(ids) > row.text:
         end = len(tokenizer.encode(said)) - 1                                   # without </s>
-        ids[max(0, end - len(ids) + row.text):end] = []
+        ids[max(1, end - len(ids) + row.text):end] = []                         # not BART's <s>
     return ids if len(ids) <= row.text else [*ids[:row.text - 1], ids[-1]]
 
 

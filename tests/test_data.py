@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+import threading
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -195,13 +196,21 @@ def test_a_store_whose_writer_was_killed_goes_on(tmp_path):
     assert [store.features[store.row[str(i)], 0, 0] for i in range(10)] == [2 * i for i in range(10)]
 
 
-def test_two_runs_do_not_write_into_one_store(tmp_path):
-    paths = some_pictures(tmp_path, 4)
+def test_a_second_run_waits_for_the_first_and_takes_over_its_features(tmp_path):
+    paths, folder = some_pictures(tmp_path, 6), tmp_path / "features"
+    first, second = (FeatureStore(folder, "hash", 4, 3) for _ in range(2))
+    backwards, calls = dict(sorted(paths.items(), reverse=True)), []
+    other = threading.Thread(target=second.add, args=(backwards, load, lambda loaded: calls.append(len(loaded)) or mean_colour(loaded)))
     def meanwhile(loaded):
-        with pytest.raises(DataError, match="another run is encoding into"):
-            FeatureStore(tmp_path / "features", "hash", 4, 3).add(paths, load, mean_colour)
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and not calls, "it waits"
         return mean_colour(loaded)
-    FeatureStore(tmp_path / "features", "hash", 4, 3).add(paths, load, meanwhile)
+    first.add({name: paths[name] for name in "0123"}, load, meanwhile)
+    other.join(10)
+    assert calls == [2], "only what the first had not"
+    for store in FeatureStore(folder, "hash", 4, 3), second:
+        assert [store.features[store.row[str(i)], 0, 0] for i in range(6)] == [2 * i for i in range(6)]
 
 
 def test_a_store_of_another_encoder_is_refused(tmp_path):
