@@ -328,7 +328,7 @@ METRICS = {
     "choices": Metric(score_choices, ".json",               # 0 where the answer is none, as in the original
                       lambda examples, answers: json.dumps({str(e.id): int(a[1]) if a[1:].isdecimal() else 0
                                                             for e, a in zip(examples, answers)}),
-                      lambda text: [(number, f"a{range(5)[choice]}") for number, choice in json.loads(text).items()]),
+                      lambda text: [(number, f"a{[0, 1, 2, 3, 4].index(choice)}") for number, choice in json.loads(text).items()]),
     "moment": Metric(partial(score_captions, ascii_only=True), ".jsonl", write_moments,
                      lambda text: [(r["clip_id"], r["descs"][0]["desc"]) for r in map(json.loads, lines(text))]),
 }
