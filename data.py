@@ -729,8 +729,8 @@ class Corpus:
         Where there are fewer examples than `size`, rows of weight 0 fill up. `part` picks the rows of one process.
         """
         real, indices = len(indices), np.concatenate([indices, np.full(size - len(indices), indices[0])])
-        batch = {"ids": torch.from_numpy(self.text[indices[part]].astype(np.int64)),
-                 "features": torch.from_numpy(self.store.features[self.rows[indices[part]]])}
+        ids = torch.from_numpy(self.text[indices[part]].astype(np.int64))
+        batch = {"ids": ids, "features": torch.from_numpy(self.store.features[self.rows[indices[part]]])}
         if seed is not None:
             rng = random.Random(seed)
             drawn = [draw(self.choices[i], rng) for i in indices]
@@ -742,7 +742,8 @@ class Corpus:
             weights[real:] = 0
             labels = torch.from_numpy(labels[part].astype(np.int64))
             batch |= {"labels": labels, "weights": torch.from_numpy(weights[part].astype(np.float32)),
-                      "places": (labels.flatten() != -100).nonzero()[:, 0]}
+                      "ids_at": (ids != self.pad).flatten().nonzero()[:, 0],
+                      "labels_at": (labels != -100).flatten().nonzero()[:, 0]}
         return batch
 
 

@@ -538,8 +538,9 @@ def run_weights(model: Model) -> dict[str, torch.Tensor]:
 def keep_in_bf16(model: Model):
     """Frozen matrices in the precision they are multiplied in, or autocast would convert each of them at every step."""
     for module in [module for module in model.modules() if isinstance(module, torch.nn.Linear)] + [model.words]:
-        if not module.weight.requires_grad:
-            module.weight.data = module.weight.data.bfloat16()
+        for weight in module.parameters(recurse=False):
+            if not weight.requires_grad:
+                weight.data = weight.data.bfloat16()
 
 
 def load_run_weights(model: Model, weights: dict[str, torch.Tensor], source: Path):

@@ -244,8 +244,46 @@ class Dropout(nn.Dropout):
         if not self.ours(x):
             return super().forward(x)
         numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
-        keep = numbers.view(torch.int16)[:x.numel()].view(x.shape) >= round(self.p * 2 ** 16) - 2 ** 15
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+        keep = numbers.view(torch.int16)[:x.numel()].view(x.shape).ge_(round(self.p * 2 ** 16) - 2 ** 15)
+        return (x * keep.to(torch.int8)).mul_(1 / (1 - self.p))                             # a byte is kept for backward
+
+
+class Moved(torch.autograd.Function):
+    """Rows of x [n, width] in other places: x[source], and zeros where source is n. `back` leads the same way back.
+
+    No row has two places, so the gradient just moves back: nothing to add up, nothing but two indices to keep.
+    """
+
+    @staticmethod
+    def forward(context, x, source, back):
+        context.save_for_backward(source, back)
+        return torch.cat([x, x.new_zeros(1, x.size(1))]).index_select(0, source)
+
+    @staticmethod
+    def backward(context, grad):
+        source, back = context.saved_tensors
+        return Moved.apply(grad, back, source), None, None
+
+
+class Packing:
+    """Takes the padding out of x [batch, length, width] for all but attention, which alone needs a rectangle.
+
+    at: the places of the tokens in the flat batch x length. None: all stays as it is.
+    """
+
+    def __init__(self, x, at=None):
+        self.shape, self.at = x.shape[:2], at
+        if at is not None:
+            self.number = at.new_full([self.shape.numel()], len(at))                        # of the token at a place
+            self.number = self.number.index_copy(0, at, torch.arange(len(at), device=at.device))
+
+    def pack(self, x):
+        """[batch, length, width] to [tokens, width]."""
+        return x if self.at is None else Moved.apply(x.flatten(0, 1), self.at, self.number)
+
+    def pad(self, x):
+        """[tokens, width] to [batch, length, width], zeros between; what is a rectangle already stays."""
+        return x if x.ndim == 3 else Moved.apply(x, self.number, self.at).unflatten(0, self.shape)
 
 
 class Attention(nn.Module):
@@ -260,15 +298,18 @@ class Attention(nn.Module):
         self.q, self.k = nn.Linear(d_model, width, config.bias), nn.Linear(d_model, width, config.bias)
         self.v, self.out = nn.Linear(d_model, width, config.bias), nn.Linear(width, d_model, config.bias)
 
-    def keys_values(self, memory):
-        """Keys and values of `memory` [batch, S, d_model], each [batch, heads, S, head_dim]."""
-        return [proj(memory).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.k, self.v)]
+    def keys_values(self, memory, packing):
+        """Keys and values of `memory` [batch, S, d_model] or packed, each [batch, heads, S, head_dim]."""
+        return [packing.pad(proj(memory)).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.k, self.v)]
 
-    def forward(self, x, memory, mask, cache=None):
-        """x [batch, T, d_model]; mask [batch or 1, heads or 1, T or 1, S], boolean or added; cache, see `Cache`."""
-        k, v = self.keys_values(memory) if cache is None else cache(self, memory)
+    def forward(self, x, packing, memory, mask, cache=None):
+        """x [batch, T, d_model] or packed; mask [batch or 1, heads or 1, T or 1, S], boolean or added.
+
+        cache, see `Cache`, says keys and values instead of `keys_values`.
+        """
+        k, v = (cache or Attention.keys_values)(self, memory, packing)
         # In beam search x has `beams` rows a picture, memory one: the beams are so many queries on the same keys.
-        q = self.q(x).view(len(k), -1, self.heads, k.size(-1)).transpose(1, 2)              # [batch, heads, T, head_dim]
+        q = packing.pad(self.q(x)).view(len(k), -1, self.heads, k.size(-1)).transpose(1, 2)              # [batch, heads, T, head_dim]
         if self.dropout.ours(x):                                                            # the same with our dropout
             scores = self.scale * q @ k.transpose(-1, -2)
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -276,14 +317,14 @@ class Attention(nn.Module):
         else:
             p = self.dropout.p if self.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, mask, p, scale=self.scale)
-        return self.out(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
+        return self.out(packing.pack(out.transpose(1, 2).reshape(*packing.shape, -1)))
 
 
 class SelfAttention(Attention):
     """Attention of `x` over itself."""
 
-    def forward(self, x, mask, cache=None):
-        return super().forward(x, x, mask, cache)
+    def forward(self, x, packing, mask, cache=None):
+        return super().forward(x, packing, x, mask, cache)
 
 
 class FeedForward(nn.Module):
@@ -307,10 +348,11 @@ class Sublayer(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.norm, self.prenorm = config.norm(config.d_model), config.prenorm
 
-    def forward(self, x, *context):                                                         # [batch, length, d_model]
+    def forward(self, x, *context):                                         # [batch, length or packed tokens, d_model]
         if self.prenorm:
             return x + self.dropout(self.adapter(self.inner(self.norm(x), *context), x))
-        return self.norm(x + self.dropout(self.adapter(self.inner(x, *context), x)))
+        hidden = self.adapter(self.inner(x, *context), x)
+        return self.norm(x + self.dropout(hidden)).to(hidden.dtype)                         # under autocast, in bf16
 
 
 class Layer(nn.Module):
@@ -322,10 +364,10 @@ class Layer(nn.Module):
         self.cross_attn = Sublayer(config, Attention(config)) if cross else None
         self.ffn = Sublayer(config, FeedForward(config))
 
-    def forward(self, x, mask, memory=None, memory_mask=None, caches=(None, None)):
-        x = self.self_attn(x, mask, caches[0])
+    def forward(self, x, packing, mask, memory=None, memory_mask=None, caches=(None, None)):
+        x = self.self_attn(x, packing, mask, caches[0])
         if self.cross_attn is not None:
-            x = self.cross_attn(x, memory, memory_mask, caches[1])
+            x = self.cross_attn(x, packing, memory, memory_mask, caches[1])
         return self.ffn(x)
 
 
@@ -385,12 +427,14 @@ class Stack(nn.Module):
         """Word embeddings [batch, T, d_model] at the positions [T], with the prompt before them."""
         return self.embed_norm(self.prompt(self.positions.embed(words, at)))                # [batch, prompt + T, d_model]
 
-    def forward(self, x, mask, memory=None, memory_mask=None, cache=None):
-        x = self.dropout(x)
+    def forward(self, x, mask, memory=None, memory_mask=None, cache=None, at=None):
+        """x [batch, length, d_model] to hidden states of that shape, computed only at the places `at`, see `Packing`."""
+        packing = Packing(x, at)
+        x = self.dropout(packing.pack(x))
         for i, layer in enumerate(self.layers):
             run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and self.training else layer
-            x = run(x, mask, memory, memory_mask, cache.layers[i] if cache else (None, None))
-        return self.final_dropout(self.final_norm(x))
+            x = run(x, packing, mask, memory, memory_mask, cache.layers[i] if cache else (None, None))
+        return packing.pad(self.final_dropout(self.final_norm(x)))
 
 
 # ---- both ---------------------------------------------------------------------------------------------------------
@@ -412,11 +456,10 @@ class VisualTokens(nn.Module):
         self.box_norm = config.norm(config.d_model)
         self.picture = nn.Embedding(2, config.d_model)
 
-    def forward(self, features, word_table):
-        """features [batch, pictures, tokens, feature_dim] to [batch, pictures x tokens, d_model]."""
-        features, (pictures, tokens) = features.to(self.feature.weight.dtype), features.shape[1:3]
-        place = word_table[-tokens:].flip(0)                      # token o has the row vocab - 1 - o  [tokens, d_model]
-        number = self.picture.weight[:pictures, None]                                       # [pictures, 1, d_model]
+    def forward(self, features, place):
+        """features [batch, pictures, tokens, feature_dim] to [batch, pictures x tokens, d_model]; place [tokens, d_model]."""
+        features = features.to(self.feature.weight.dtype)
+        number = self.picture.weight[:features.size(1), None]                               # [pictures, 1, d_model]
         # Not in autocast's precision, which it sees to for LayerNorm, but not for RMSNorm.
         feature, box = (x.to(number.dtype) for x in (self.feature(features), self.box(features.new_zeros(5))))
         return (self.feature_norm(feature) + self.box_norm(box) + number + place).flatten(1, 2)
@@ -435,56 +478,71 @@ class Model(nn.Module):
         self.register_buffer("logits_bias", torch.zeros(config.vocab_size))
         self.apply(partial(start, embedding_std=config.embedding_std))
 
-    def encode(self, ids, features):
+    def encode(self, ids, features, ids_at=None):
         """Question ids [batch, T], padded right, and features [batch, pictures, tokens, feature_dim].
 
         Returns memory [batch, S, d_model] of [prompt; text; visual] and its mask [batch, 1, 1, S], True where to look.
+        With ids_at, where the flat ids are no padding, nothing is computed where they are.
         """
-        text = self.encoder.embed(self.embed(ids), torch.arange(ids.size(1), device=ids.device))
-        visual = self.visual(features, self.words.weight)                                   # [batch, V, d_model]
+        # Token o of a grid has the row vocab - 1 - o. One lookup, for its gradient is as large as the table.
+        places = self.config.vocab_size - 1 - torch.arange(features.size(2), device=ids.device)
+        words, places = self.embed(torch.cat([ids.flatten(), places])).split([ids.numel(), len(places)])
+        text = self.encoder.embed(words.view(*ids.shape, -1), torch.arange(ids.size(1), device=ids.device))
+        visual = self.visual(features, places)                                              # [batch, V, d_model]
         prompt = text.size(1) - ids.size(1)
-        mask = F.pad(ids != self.config.pad, (prompt, visual.size(1)), value=True)[:, None, None]
-        at = torch.arange(text.size(1), device=ids.device)                                  # the prompt counts as text
-        return self.encoder(torch.cat([text, visual], 1), self.encoder.positions.bias(mask, at, at)), mask
+        mask = F.pad(ids != self.config.pad, (prompt, visual.size(1)), value=True)          # [batch, S]
+        at = None
+        if ids_at is not None:
+            places = torch.arange(mask.numel(), device=ids.device).view_as(mask)
+            before, words, behind = places.split([prompt, ids.size(1), visual.size(1)], 1)
+            at = torch.cat([before.flatten(), words.flatten().index_select(0, ids_at), behind.flatten()])
+        mask, position = mask[:, None, None], torch.arange(text.size(1), device=ids.device)     # the prompt counts
+        bias = self.encoder.positions.bias(mask, position, position)
+        return self.encoder(torch.cat([text, visual], 1), bias, at=at), mask
 
     def embed(self, ids):
         """Word embeddings [..., d_model], and with them all hidden states, in the precision of what is trained."""
         return self.words(ids).to(self.visual.picture.weight.dtype)
 
-    def decode(self, ids, memory, memory_mask, cache=None):
-        """Answer ids so far [rows, T] to hidden states [rows, T, d_model]. With a cache, ids are those at `cache.step`."""
+    def decode(self, ids, memory, memory_mask, cache=None, at=None):
+        """Answer ids so far [rows, T] to hidden states [rows, T, d_model], at least where the flat ids are `at`.
+
+        With a cache, ids are those at `cache.step`.
+        """
         keys = torch.arange(ids.size(1) if cache is None else cache.max_length, device=ids.device)
         queries = keys if cache is None else cache.step
         mask = (keys <= queries[:, None])[None, None]                                       # [1, 1, T, keys]
         x = self.decoder.embed(self.embed(ids), queries)
-        return self.decoder(x, self.decoder.positions.bias(mask, queries, keys), memory, memory_mask, cache)
+        return self.decoder(x, self.decoder.positions.bias(mask, queries, keys), memory, memory_mask, cache, at)
 
     def logits(self, hidden):
         """[..., d_model] to [..., vocab]."""
         return F.linear(hidden * self.config.head_scale, self.words.weight, self.logits_bias.to(hidden.dtype))
 
-    def hidden(self, ids, features, labels):
+    def hidden(self, ids, features, labels, ids_at=None, labels_at=None):
         """The decoder's hidden states [batch, L, d_model] for labels [batch, L], which are -100 behind their end."""
-        memory, mask = self.encode(ids, features)
+        memory, mask = self.encode(ids, features, ids_at)
         inputs = labels.masked_fill(labels == -100, self.config.pad).roll(1, 1)
         inputs[:, 0] = self.config.start
-        return self.decode(inputs, memory, mask)
+        return self.decode(inputs, memory, mask, at=labels_at)
 
     def forward(self, ids, features, labels):
         """Logits [batch, L, vocab]."""
         return self.logits(self.hidden(ids, features, labels))
 
-    def loss(self, ids, features, labels, weights, places=None):
+    def loss(self, ids, features, labels, weights, ids_at=None, labels_at=None):
         """Mean over the batch of weight x mean cross entropy over the tokens of the answer.
 
         weights [batch]: VQA's is the score of the drawn answer; a token mean over the whole batch, as for captions, is
         the weight (tokens of the answer) x batch / (tokens of the batch); a row that only fills up the batch has 0.
-        places: where the flat labels are not -100, for only there logits are made; to find out takes a device's time.
+        ids_at, labels_at: where the flat ids are no padding and the flat labels not -100, for only there is anything
+        computed. To find out makes the host wait for the device.
         """
-        hidden, flat = self.hidden(ids, features, labels).flatten(0, 1), labels.flatten()
-        places = (flat != -100).nonzero()[:, 0] if places is None else places
-        tokens = F.cross_entropy(self.logits(hidden[places]).float(), flat[places], reduction="none")
-        sums = tokens.new_zeros(len(labels)).index_add(0, places // labels.size(1), tokens)
+        ids_at = (ids != self.config.pad).flatten().nonzero()[:, 0] if ids_at is None else ids_at
+        labels_at = (labels != -100).flatten().nonzero()[:, 0] if labels_at is None else labels_at
+        hidden = self.hidden(ids, features, labels, ids_at, labels_at).flatten(0, 1).index_select(0, labels_at)
+        tokens = F.cross_entropy(self.logits(hidden).float(), labels.flatten()[labels_at], reduction="none")
+        sums = tokens.new_zeros(len(labels)).index_add(0, labels_at // labels.size(1), tokens)
         return (weights * sums / (labels != -100).sum(1).clamp(min=1)).mean()
 
 
@@ -506,13 +564,13 @@ class Cache:
     max_length words and are filled at `step`, a tensor [1].
     """
 
-    def __init__(self, decoder: Stack, memory, rows: int, max_length: int):
+    def __init__(self, decoder: Stack, memory, max_length: int):
         self.max_length, self.step = max_length, torch.zeros(1, dtype=torch.long, device=memory.device)
         self.layers = []
         for layer in decoder.layers:
-            keys, values = layer.cross_attn.inner.keys_values(memory)                       # [batch, heads, S, head_dim]
-            room = [keys.new_zeros(rows, keys.size(1), max_length, keys.size(-1)) for _ in range(2)]
-            self.layers.append((Written(room, self.step), lambda attention, memory, kept=(keys, values): kept))
+            keys, values = layer.cross_attn.inner.keys_values(memory, Packing(memory))      # [batch, heads, S, head_dim]
+            room = [keys.new_zeros(len(keys), keys.size(1), max_length, keys.size(-1)) for _ in range(2)]
+            self.layers.append((Written(room, self.step), lambda *_, kept=(keys, values): kept))
 
     def reorder(self, rows):
         """Row i becomes what row rows[i] was."""
@@ -526,8 +584,8 @@ class Written:
     def __init__(self, room: list, step):
         self.room, self.step = room, step
 
-    def __call__(self, attention, x):
-        for kept, new in zip(self.room, attention.keys_values(x)):
+    def __call__(self, attention, x, packing):
+        for kept, new in zip(self.room, attention.keys_values(x, packing)):
             kept.index_copy_(2, self.step, new.to(kept.dtype))
         return self.room
 
@@ -540,8 +598,8 @@ def generate(model: Model, ids, features, beams: int = 1, max_length: int = 20):
     backbone's config asks for (forced tokens, no repeated n-grams, early stopping, length penalty) is honoured.
     ids and features as for `Model.encode`; max_length counts the start token.
     """
-    memory, mask = model.encode(ids, features)
-    cache = Cache(model.decoder, memory, len(ids) * beams, max_length)
+    memory, mask = model.encode(ids, features, (ids != model.config.pad).flatten().nonzero()[:, 0])
+    cache = Cache(model.decoder, memory, max_length)
 
     def next_logits(words):                                                                 # [rows, t] -> [rows, vocab]
         cache.step.fill_(words.size(1) - 1)
@@ -583,20 +641,23 @@ def greedy_search(config: Config, next_logits, ids, max_length: int):
     return words
 
 
+def top(x, count: int):
+    """`topk`, or all where there are fewer."""
+    return x.topk(min(count, x.size(-1)))
+
+
 def beam_search(config: Config, next_logits, ids, beams: int, max_length: int, reorder):
     """Per example `beams` open hypotheses with their sums of log-probabilities, and the `beams` best closed ones.
 
-    Of the 2 x beams best continuations an end among the first `beams` closes a hypothesis, other ends are dropped,
+    The search begins with one open hypothesis. Of the 2 x beams best continuations an end among the first `beams` closes a hypothesis, other ends are dropped,
     the rest stays open. Closed scores are sum / length ** penalty; the length counts the start token, not the end.
     """
     batch, device = len(ids), ids.device
-    words = torch.full((batch, beams, 1), config.start, device=device)                      # open hypotheses
-    sums = torch.full((batch, beams), -1e9, device=device)
-    sums[:, 0] = 0                                                                          # at first all beams are equal
+    words = torch.full((batch, 1, 1), config.start, device=device)                          # [batch, open, length]
+    sums = torch.zeros(batch, 1, device=device)
     closed = torch.full((batch, beams, max_length), config.pad, device=device)
     scores = torch.full((batch, beams), -torch.inf, device=device)
     done = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-    first_row = torch.arange(batch, device=device)[:, None] * beams
 
     def close(new_words, new_scores):
         """The best of the closed and the new hypotheses, where the search is not done."""
@@ -605,11 +666,12 @@ def beam_search(config: Config, next_logits, ids, beams: int, max_length: int, r
         return torch.cat([closed, padded], 1).gather(1, index[..., None].expand(-1, -1, max_length)), best
 
     while words.size(2) < max_length and not done.all():
-        length = words.size(2)
-        logits = next_logits(words.flatten(0, 1)).log_softmax(-1)
-        logits = ban_repeats(logits, words.flatten(0, 1), config.no_repeat_ngram).view(batch, beams, -1)
-        best, index = (logits + sums[..., None]).flatten(1).topk(2 * beams)                 # [batch, 2 beams]
-        beam, word = index // logits.size(-1), index % logits.size(-1)
+        many, length = words.shape[1:]
+        logs = ban_repeats(next_logits(words.flatten(0, 1)).log_softmax(-1), words.flatten(0, 1), config.no_repeat_ngram)
+        best, word = top(logs, 2 * beams)                                                   # [batch x open, 2 beams]
+        each, best = best.size(1), best.view(batch, many, -1) + sums[..., None]
+        best, index = top(best.flatten(1), 2 * beams)                                       # [batch, 2 beams]
+        beam, word = index // each, word.view(batch, -1).gather(1, index)
         longer = torch.cat([words.gather(1, beam[..., None].expand(-1, -1, length)), word[..., None]], 2)
 
         ends = word == config.end
@@ -619,9 +681,9 @@ def beam_search(config: Config, next_logits, ids, beams: int, max_length: int, r
         worst = scores.min(1, keepdim=True).values
         done |= worst.isfinite() & (torch.ones_like(done) if config.early_stopping else worst >= hopeful)
 
-        sums, keep = best.masked_fill(ends, -torch.inf).topk(beams)                         # best first, as they were
+        sums, keep = top(best.masked_fill(ends, -torch.inf), beams)                         # best first, as they were
         words = longer.gather(1, keep[..., None].expand(-1, -1, length + 1))
-        reorder((first_row + beam.gather(1, keep)).flatten())
+        reorder((torch.arange(0, batch * many, many, device=device)[:, None] + beam.gather(1, keep)).flatten())
 
     closed, scores = close(words, sums / words.size(2) ** config.length_penalty)
     best = closed.gather(1, scores.argmax(1)[:, None, None].expand(-1, -1, max_length))[:, 0]

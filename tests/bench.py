@@ -112,7 +112,7 @@ class Seeing(nn.Module):
         words = self.language.get_input_embeddings()(ids)
         return dict(inputs_embeds=torch.cat([words, visual], 1), attention_mask=mask)
 
-    def loss(self, ids, features, labels, weights, places):
+    def loss(self, ids, features, labels, **_):
         return self.language(**self.inputs(ids, features), labels=labels).loss
 
 
@@ -179,7 +179,7 @@ def make_batch(args) -> dict[str, torch.Tensor]:
     features = torch.from_numpy(lot.standard_normal((size, 1, VISUAL, CHANNELS), np.float32)).half()
     ids, labels = torch.from_numpy(ids), torch.from_numpy(labels)
     batch = dict(ids=ids, features=features, labels=labels, weights=torch.ones(size),
-                 places=(labels.flatten() != -100).nonzero()[:, 0])
+                 ids_at=(ids != PAD).flatten().nonzero()[:, 0], labels_at=(labels != -100).flatten().nonzero()[:, 0])
     return {name: x.to(args.device) for name, x in batch.items()}
 
 

@@ -337,9 +337,9 @@ def graphs(method, share, modes, encoder_layers, base=TINY) -> list[int]:
             select(model, task)
             ids, features, labels, weights = batch(*shape)
             labels[1:, -1] = -100
-            places = (labels.flatten() != -100).nonzero()[:, 0]
+            at = (ids != base.pad).flatten().nonzero()[:, 0], (labels != -100).flatten().nonzero()[:, 0]
             with torch.set_grad_enabled(model.training):
-                value = loss(ids, features.repeat(1, pictures, 1, 1), labels, weights, places)
+                value = loss(ids, features.repeat(1, pictures, 1, 1), labels, weights, *at)
             if model.training:
                 value.backward()
         after.append(counter.frame_count)

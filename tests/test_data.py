@@ -97,7 +97,8 @@ def test_gqa_pictures_may_be_visual_genomes(tmp_path):
 def test_a_batch_has_one_shape_and_says_what_was_asked(corpus, tokenizer):
     full, short = corpus.batch(np.arange(8), 8, seed=1), corpus.batch(np.arange(3), 8, seed=1)
     for x in full, short:
-        assert x.pop("places").tolist() == (x["labels"].flatten() != -100).nonzero()[:, 0].tolist()
+        assert x.pop("ids_at").tolist() == (x["ids"].flatten() != tokenizer.pad).nonzero()[:, 0].tolist()
+        assert x.pop("labels_at").tolist() == (x["labels"].flatten() != -100).nonzero()[:, 0].tolist()
     assert {name: x.shape for name, x in full.items()} == {name: x.shape for name, x in short.items()}
     assert full["ids"].shape == (8, max(map(len, corpus.text))) and full["features"].shape == (8, 1, 36, 4)
     assert tokenizer.decode(full["ids"][0].tolist()) == "vqa: " + corpus.examples[0].text
@@ -117,7 +118,7 @@ def test_rows_that_fill_up_do_not_count(corpus):
 def test_two_processes_share_a_batch(corpus):
     whole = corpus.batch(np.arange(5), 8, seed=4)
     halves = [corpus.batch(np.arange(5), 8, seed=4, part=slice(rank, None, 2)) for rank in (0, 1)]
-    del whole["places"]
+    del whole["ids_at"], whole["labels_at"]
     for name, x in whole.items():
         assert torch.equal(torch.stack([half[name] for half in halves], 1).flatten(0, 1), x)
 

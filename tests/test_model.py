@@ -677,12 +677,13 @@ def test_the_order_of_two_pictures_matters_by_their_numbers():
 
 @torch.no_grad()
 def test_visual_token_o_has_the_word_row_vocab_minus_1_minus_o():
-    model, features = our_model(), torch.randn(2, 2, 6, 8)
-    plain = model.visual(features, model.words.weight)
+    model, ids, features, entering = our_model(), torch.full((2, 3), 5), torch.randn(2, 2, 6, 8), []
+    model.encoder.register_forward_pre_hook(lambda encoder, inputs: entering.append(inputs[0][:, 3:]))
+    model.encode(ids, features)
     for o in range(6):
-        table = model.words.weight.clone()
-        table[VOCAB - 1 - o] += 1
-        moved = (model.visual(features, table) - plain).unflatten(1, (2, 6))
+        model.words.weight[VOCAB - 1 - o] += 1
+        model.encode(ids, features)
+        moved = (entering[-1] - entering[-2]).unflatten(1, (2, 6))
         expected = torch.zeros_like(moved)
         expected[:, :, o] = 1
         assert torch.allclose(moved, expected, atol=1e-5)
