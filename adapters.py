@@ -1,8 +1,8 @@
 """The paper: every parameter-efficient method of VL-Adapter, and the table of methods.
 
 A model offers places: an attribute `adapter` on a sub-layer, called as adapter(hidden, x) with the output and the input
-of that sub-layer, both [batch, length, d_model], before dropout and residual sum. `install` freezes the model and puts
-modules there. What is put in is new, therefore trainable; nothing is matched by the name of a weight.
+of that sub-layer, both [..., d_model], before dropout and residual sum. `install` freezes the model and puts modules
+there. What is put in is new, therefore trainable; nothing is matched by the name of a weight.
 
     install(model, "adapter", d_model=768, tasks=["vqa", "gqa"], share="none")
     select(model, "vqa")                                # before every batch; needed when tasks have their own copies

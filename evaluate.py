@@ -328,7 +328,8 @@ METRICS = {
     "choices": Metric(score_choices, ".json",               # 0 where the answer is none, as in the original
                       lambda examples, answers: json.dumps({str(e.id): int(a[1]) if a[1:].isdecimal() else 0
                                                             for e, a in zip(examples, answers)}),
-                      lambda text: [(number, f"a{[0, 1, 2, 3, 4].index(choice)}") for number, choice in json.loads(text).items()]),
+                      lambda text: [(number, f"a{[0, 1, 2, 3, 4].index(choice)}")
+                                    for number, choice in json.loads(text).items()]),
     "moment": Metric(partial(score_captions, ascii_only=True), ".jsonl", write_moments,
                      lambda text: [(r["clip_id"], r["descs"][0]["desc"]) for r in map(json.loads, lines(text))]),
 }
@@ -593,8 +594,8 @@ def decide(model: Model, tokenizer: Tokenizer, choices: tuple[str, ...], ids, fe
 
 
 def answer(model: Model, tokenizer: Tokenizer, corpus: Corpus, device: torch.device, batch: int, bf16: bool = False,
-           quiet: bool = False) -> list[str]:
-    """The model's answer to every question of a corpus, in order."""
+           quiet: bool = False, decode=None) -> list[str]:
+    """The model's answer to every question of a corpus, in order. decode: see `generate`."""
     model.eval()
     select(model, corpus.task)
     row, answers = TASKS[corpus.task], []
@@ -603,16 +604,17 @@ def answer(model: Model, tokenizer: Tokenizer, corpus: Corpus, device: torch.dev
             indices = np.arange(i, min(i + batch, len(corpus)))
             x = corpus.batch(indices, batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                said = reply(model, tokenizer, row, x["ids"].to(device), x["features"].to(device))
+                said = reply(model, tokenizer, row, x["ids"].to(device), x["features"].to(device), decode)
             answers += said[:len(indices)]
             bar.update(len(indices))
     return answers
 
 
-def reply(model: Model, tokenizer: Tokenizer, row: Task, ids, features) -> list[str]:
+def reply(model: Model, tokenizer: Tokenizer, row: Task, ids, features, decode=None) -> list[str]:
     if row.choices:
         return decide(model, tokenizer, row.choices, ids, features)
-    return [tokenizer.decode(words).strip() for words in generate(model, ids, features, row.beams).tolist()]
+    said = generate(model, ids, features, row.beams, decode=decode)
+    return [tokenizer.decode(words).strip() for words in said.tolist()]
 
 
 def blind_answers(seen: list[Example], asked: list[Example]) -> list[str]:

@@ -224,7 +224,7 @@ def pool(grid, side: int = VISUAL_SIDE):
 class Place(nn.Module):
     """An empty place on the output of a sub-layer: hands `hidden` on. adapters.py may put another module here.
 
-    It is shown the input `x` of the sub-layer too, which parallel adapters need; both [batch, length, d_model].
+    It is shown the input `x` of the sub-layer too, which parallel adapters need; both [..., d_model], see `Packing`.
     """
 
     def forward(self, hidden, x):
@@ -274,8 +274,8 @@ class Packing:
     def __init__(self, x, at=None):
         self.shape, self.at = x.shape[:2], at
         if at is not None:
-            self.number = at.new_full([self.shape.numel()], len(at))                        # of the token at a place
-            self.number = self.number.index_copy(0, at, torch.arange(len(at), device=at.device))
+            none = at.new_full([self.shape.numel()], len(at))
+            self.number = none.index_copy(0, at, torch.arange(len(at), device=at.device))   # of the token at a place
 
     def pack(self, x):
         """[batch, length, width] to [tokens, width]."""
@@ -309,7 +309,7 @@ class Attention(nn.Module):
         """
         k, v = (cache or Attention.keys_values)(self, memory, packing)
         # In beam search x has `beams` rows a picture, memory one: the beams are so many queries on the same keys.
-        q = packing.pad(self.q(x)).view(len(k), -1, self.heads, k.size(-1)).transpose(1, 2)              # [batch, heads, T, head_dim]
+        q = packing.pad(self.q(x)).view(len(k), -1, self.heads, k.size(-1)).transpose(1, 2) # [batch, heads, T, head_dim]
         if self.dropout.ours(x):                                                            # the same with our dropout
             scores = self.scale * q @ k.transpose(-1, -2)
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -348,7 +348,7 @@ class Sublayer(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.norm, self.prenorm = config.norm(config.d_model), config.prenorm
 
-    def forward(self, x, *context):                                         # [batch, length or packed tokens, d_model]
+    def forward(self, x, *context):                             # [batch, length, d_model] or packed, [tokens, d_model]
         if self.prenorm:
             return x + self.dropout(self.adapter(self.inner(self.norm(x), *context), x))
         hidden = self.adapter(self.inner(x, *context), x)
@@ -457,7 +457,7 @@ class VisualTokens(nn.Module):
         self.picture = nn.Embedding(2, config.d_model)
 
     def forward(self, features, place):
-        """features [batch, pictures, tokens, feature_dim] to [batch, pictures x tokens, d_model]; place [tokens, d_model]."""
+        """features [batch, pictures, tokens, feature_dim], place [tokens, d_model] to [batch, all tokens, d_model]."""
         features = features.to(self.feature.weight.dtype)
         number = self.picture.weight[:features.size(1), None]                               # [pictures, 1, d_model]
         # Not in autocast's precision, which it sees to for LayerNorm, but not for RMSNorm.
@@ -591,19 +591,20 @@ class Written:
 
 
 @torch.no_grad()
-def generate(model: Model, ids, features, beams: int = 1, max_length: int = 20):
+def generate(model: Model, ids, features, beams: int = 1, max_length: int = 20, decode: Callable | None = None):
     """Answers as token ids [batch, <= max_length]: start token first, `end` where one ended, padded behind.
 
     One beam is greedy search, more is beam search with the rules of transformers 4.2.1, which the paper used. What the
     backbone's config asks for (forced tokens, no repeated n-grams, early stopping, length penalty) is honoured.
-    ids and features as for `Model.encode`; max_length counts the start token.
+    ids and features as for `Model.encode`; max_length counts the start token; decode: a compiled `model.decode`.
     """
+    decode = decode or model.decode
     memory, mask = model.encode(ids, features, (ids != model.config.pad).flatten().nonzero()[:, 0])
     cache = Cache(model.decoder, memory, max_length)
 
     def next_logits(words):                                                                 # [rows, t] -> [rows, vocab]
         cache.step.fill_(words.size(1) - 1)
-        logits = model.logits(model.decode(words[:, -1:], memory, mask, cache)[:, 0]).float()
+        logits = model.logits(decode(words[:, -1:].contiguous(), memory, mask, cache)[:, 0]).float()
         return force(model.config, logits, words.size(1), max_length)
 
     if beams == 1:
@@ -659,8 +660,9 @@ def top(x, count: int, block: int = 64):
 def beam_search(config: Config, next_logits, ids, beams: int, max_length: int, reorder):
     """Per example `beams` open hypotheses with their sums of log-probabilities, and the `beams` best closed ones.
 
-    The search begins with one open hypothesis. Of the 2 x beams best continuations an end among the first `beams` closes a hypothesis, other ends are dropped,
-    the rest stays open. Closed scores are sum / length ** penalty; the length counts the start token, not the end.
+    The search begins with one open hypothesis. Of the 2 x beams best continuations an end among the first `beams` closes
+    a hypothesis, other ends are dropped, the rest stays open. Closed scores are sum / length ** penalty; the length
+    counts the start token, not the end.
     """
     batch, device = len(ids), ids.device
     words = torch.full((batch, 1, 1), config.start, device=device)                          # [batch, open, length]

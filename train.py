@@ -32,7 +32,7 @@ from data import TASKS, ahead, batch_size, mixture, report_problems, task_list, 
 from evaluate import (PROBLEMS, RunError, answer, build_model, check_labels, check_weights, family, keep_in_bf16,
                       load_run_weights, load_state, open_corpora, open_eye, pick_device, print_scores, read_run,
                       run_weights, score, weight_hashes, weight_path)
-from model import FAMILIES
+from model import FAMILIES, generate
 
 WARMUP, CLIP, DECAY = 0.1, 5.0, 0.01                    # the paper's: share of the steps, norm of the gradient, decay
 SAVE_EVERY = 1000                                       # steps, besides the end of each epoch
@@ -86,7 +86,7 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
     rows = {task: -(-size // each) * each for task, size in sizes.items()}                  # filled up to equal parts
     parts = [slice(rank() + world * i, None, each) for i in range(flags["accumulate"])]
     per_epoch = sum(-(-len(corpus) // sizes[task]) for task, corpus in corpora.items())
-    steps, step, best, loss_of = per_epoch * flags["epochs"], 0, -1.0, model.loss
+    steps, step, best, loss_of, decode = per_epoch * flags["epochs"], 0, -1.0, model.loss, model.decode
     if (run / "last.pt").exists():
         step, best = restore(run, model, optimizer)
         say(f"resumed at step {step:,} of {steps:,}")
@@ -100,7 +100,7 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
         return task, [{k: x.pin_memory() for k, x in batch.items()} for batch in made] if device.type == "cuda" else made
 
     if flags["compile"]:
-        loss_of = compiled(model, corpora, rows, parts[0], flags["bf16"])
+        loss_of, decode = compiled(model, corpora, rows, parts[0], flags["bf16"])
     for epoch in range(step // per_epoch, flags["epochs"]):
         model.train()
         batches, began, shown = mixture(corpora, sizes, flags["seed"], epoch), step, torch.zeros((), device=device)
@@ -134,7 +134,7 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
             if step % SAVE_EVERY == 0 and step % per_epoch != 0:
                 save(run, model, optimizer, step, best)
         bar.close()
-        scores = validate(model, tokenizer, validation, device, flags)
+        scores = validate(model, tokenizer, validation, device, flags, decode)
         mean = sum(next(iter(parts.values())) for parts in scores.values()) / len(scores)
         if rank() == 0:
             print_scores(scores, f"epoch {epoch + 1}, validation")
@@ -167,24 +167,26 @@ class Clock:
 
 
 def compiled(model, corpora, rows: dict, part: slice, bf16: bool):
-    """The compiled loss, tried on a batch of each task; where it fails, that is said and the run goes on without."""
-    loss, device = torch.compile(model.loss), next(model.parameters()).device
+    """The compiled loss and decoding step, tried on a batch of each task; where that fails, the run goes on without."""
+    loss, decode = torch.compile(model.loss), torch.compile(model.decode, dynamic=True)
+    device = next(model.parameters()).device
     try:
         for task, corpus in corpora.items():
             batch = {name: x.to(device) for name, x in corpus.batch([0], rows[task], "", part).items()}
             select(model, task)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss(**batch)
-        return loss
+                model.train(), loss(**batch)
+                model.eval(), generate(model, batch["ids"], batch["features"], TASKS[task].beams, decode=decode)
+        return loss, decode
     except Exception as problem:                        # compilers fail in many ways, none of which should end the run
         say(f"torch.compile failed, going on without: {str(problem).splitlines()[0]}")
-        return model.loss
+        return model.loss, model.decode
 
 
-def validate(model, tokenizer, corpora, device, flags) -> dict[str, dict[str, float]]:
+def validate(model, tokenizer, corpora, device, flags, decode) -> dict[str, dict[str, float]]:
     scores = {}
     for task, corpus in corpora.items():
-        predictions = answer(model, tokenizer, corpus, device, flags["batch"], flags["bf16"], quiet=rank() > 0)
+        predictions = answer(model, tokenizer, corpus, device, flags["batch"], flags["bf16"], rank() > 0, decode)
         scores[task] = score(task, corpus.examples, predictions)
     return scores
 

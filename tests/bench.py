@@ -2,6 +2,7 @@
 
     python tests/bench.py                               # BART-base at the paper's shapes; a quiet machine, please
     python tests/bench.py --tables train,memory --dtype bf16 --compile
+    python tests/bench.py --backbone t5                 # T5-base; the peers are BART and are left out
     python tests/bench.py --tiny                        # two layers of width 64: only whether it runs
 
 Peers are what users of other packages would run, as far as these are installed (pip install transformers==4.57.6 peft
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from adapters import METHODS, install, select
 from data import Corpus, Example, FeatureStore
 from evaluate import Eye, keep_in_bf16, pick_device
-from model import CLIPResNet, Model, bart, generate
+from model import FAMILIES, CLIPResNet, Model, generate
 from train import CLIP, DECAY
 
 # A peer has the name of our adapters.py: ours gets another one, and its folder is not searched for packages any more.
@@ -80,8 +81,9 @@ def stepper(model: nn.Module, loss: Callable[[dict], torch.Tensor], args) -> Cal
 
 def ours(method: str, args) -> tuple[nn.Module, Callable, Callable]:
     """A model, its step on a batch as train.py makes it, and its answer to a batch as evaluate.py asks it."""
-    model = Model(bart(args.config, CHANNELS, args.config["vocab_size"]))
-    install(model, method, model.config.d_model, ["vqa"])
+    preset, _ = FAMILIES[args.backbone]
+    model = Model(preset(args.config, CHANNELS, args.config["vocab_size"]))
+    install(model, method, model.config.d_model, ["vqa"], backbone=args.backbone)
     model.to(args.device).train()
     if args.dtype == "bf16":
         keep_in_bf16(model)
@@ -159,15 +161,19 @@ def build(name: str, args) -> tuple[nn.Module, Callable, Callable]:
     return (ours if side == "ours" else peer)(what, args)
 
 
-def sizes(words: int, d_model: int, heads: int, layers: int) -> dict:
+def sizes(backbone: str, words: int, d_model: int, heads: int, layers: int) -> dict:
     """A config.json for both sides; nothing forces an end."""
+    if backbone == "t5":
+        return dict(vocab_size=words, d_model=d_model, d_kv=64, num_heads=heads, d_ff=4 * d_model, num_layers=layers,
+                    relative_attention_num_buckets=32, pad_token_id=PAD, eos_token_id=END, decoder_start_token_id=PAD)
     stacks = dict(layers=layers, attention_heads=heads, ffn_dim=4 * d_model)
     return dict(vocab_size=words, d_model=d_model, max_position_embeddings=1024, forced_eos_token_id=None, dropout=0.1,
                 attention_dropout=0.1, activation_dropout=0.1,
                 **{f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in stacks.items()})
 
 
-BASE, TINY = sizes(50465, 768, 12, 6), sizes(500, 64, 4, 2)
+BASE = {"bart": sizes("bart", 50465, 768, 12, 6), "t5": sizes("t5", 32300, 768, 12, 12)}
+TINY = {backbone: sizes(backbone, 500, 64, 4, 2) for backbone in BASE}
 
 
 def make_batch(args) -> dict[str, torch.Tensor]:
@@ -229,7 +235,7 @@ def flops(name: str, config: dict) -> float:
     only that of the input, of visual only that of the weight.
     """
     method = {f"peer {own}": method for method, own in OWN_PEER.items()}.get(name, name.split()[1])
-    d, n, s, t = config["d_model"], config["encoder_layers"], TEXT + VISUAL, ANSWER
+    d, n, s, t = config["d_model"], config.get("encoder_layers", config.get("num_layers")), TEXT + VISUAL, ANSWER
     linear = n * d * d * (12 * s + 14 * t + 2 * s) + t * d * config["vocab_size"]
     added = {"full": 0, "lora": n * (3 * s + 3 * t) * 2 * d * METHODS["lora"].sizes["rank"]}.get(
         method, n * (2 * s + 3 * t) * 2 * d * (d // METHODS["adapter"].sizes["reduction"]))
@@ -323,7 +329,7 @@ def memory_table(args):
 def measure_child(name: str, args):
     """Prints the peak of a contestant that is built and makes two steps, in MiB: allocated on CUDA, else grown."""
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)
-    for args.config in (TINY, args.config):             # a small one before loads what is loaded at first use
+    for args.config in (TINY[args.backbone], args.config):             # a small one before loads what is loaded at first use
         batch, before = make_batch(args), peak()
         _, step, _ = build(name, args)
         step(batch), step(batch)
@@ -337,6 +343,7 @@ TABLES = {"memory": memory_table, "train": train_table, "generate": generate_tab
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Times us and the peers that are installed.", allow_abbrev=False)
     parser.add_argument("--tables", default=",".join(TABLES), metavar="A,B", help=f"default: {','.join(TABLES)}")
+    parser.add_argument("--backbone", choices=tuple(BASE), default="bart", help="default: bart")
     parser.add_argument("--dtype", choices=("both", "fp32", "bf16"), default="both")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--batch", type=int, metavar="N", help="default: 500, on a CPU 16")
@@ -349,11 +356,12 @@ def parse() -> argparse.Namespace:
     args.tables = args.tables.split(",")
     if set(args.tables) - set(TABLES):
         parser.error(f"--tables are {', '.join(TABLES)}")
-    args.device, args.config = pick_device(args.device), TINY if args.tiny else BASE
+    args.device, args.config = pick_device(args.device), (TINY if args.tiny else BASE)[args.backbone]
     args.dtypes = ["fp32", "bf16"] if args.dtype == "both" else [args.dtype]
     args.cuda = args.device.type == "cuda"
     args.batch = args.batch or (4 if args.tiny else 500 if args.cuda else 16)
-    args.peers = [package for package in PEERS if find_spec("transformers") and find_spec(package)]
+    args.peers = [package for package in PEERS if find_spec("transformers") and find_spec(package)
+                  and args.backbone == "bart"]
     args.names = [f"ours {method}" for method in OWN_PEER] + [f"peer {package}" for package in args.peers]
     return args
 
@@ -367,7 +375,7 @@ def main():
     print(f"{torch.cuda.get_device_name() if args.cuda else 'CPU'}, {torch.get_num_threads()} threads, load "
           f"{os.getloadavg()[0]:.1f} of {os.cpu_count()} cores, "
           + ", ".join(f"{package} {version(package)}" for package in ["torch", *args.peers])
-          + "".join(f", {package} is not installed" for package in PEERS if package not in args.peers)
+          + "".join(f", {package} is left out" for package in PEERS if package not in args.peers)
           + f"\nmedians of {args.repeats} after {WARMUP}; ours {say[args.compile]}, peers {say[args.compile_peers]}"
           f"\n{EPOCHS} epochs: {SAMPLES:,} samples each, training only, as if all had the shape of VQA's", flush=True)
     for table in (TABLES[name] for name in TABLES if name in args.tables):

@@ -324,6 +324,14 @@ def test_tasks_answer_differently_and_come_back(method, share):
 ROUND = [("vqa", (3, 9, 5), 1), ("gqa", (5, 6, 3), 1), ("nlvr", (2, 9, 5), 2), ("caption", (4, 5, 8), 1)]      # pictures
 
 
+def round_batch(shape, pictures: int, base=TINY) -> tuple:
+    """What `Model.loss` takes, with padding and the places of what is none."""
+    ids, features, labels, weights = batch(*shape)
+    ids[1:, -2:], labels[1:, -1] = base.pad, -100
+    return (ids, features.repeat(1, pictures, 1, 1), labels, weights,
+            (ids != base.pad).flatten().nonzero()[:, 0], (labels != -100).flatten().nonzero()[:, 0])
+
+
 def graphs(method, share, modes, encoder_layers, base=TINY) -> list[int]:
     """How many graphs of the loss were compiled after each round, which is one batch of every task."""
     torch._dynamo.reset()
@@ -335,11 +343,8 @@ def graphs(method, share, modes, encoder_layers, base=TINY) -> list[int]:
         model.train(mode == "train")
         for task, shape, pictures in ROUND:
             select(model, task)
-            ids, features, labels, weights = batch(*shape)
-            labels[1:, -1] = -100
-            at = (ids != base.pad).flatten().nonzero()[:, 0], (labels != -100).flatten().nonzero()[:, 0]
             with torch.set_grad_enabled(model.training):
-                value = loss(ids, features.repeat(1, pictures, 1, 1), labels, weights, *at)
+                value = loss(*round_batch(shape, pictures, base))
             if model.training:
                 value.backward()
         after.append(counter.frame_count)
@@ -358,6 +363,24 @@ def test_nor_does_it_with_other_methods(method, share):
 
 def test_nor_does_it_on_t5():
     assert graphs("adapter", "none", ["train"] * 2, encoder_layers=1, base=TINY_T5) == [3, 3]
+
+
+@pytest.mark.parametrize("method, share", [("adapter", "none"), ("compacter", "all"), ("lora", "all")])
+def test_compiled_losses_and_gradients_are_those_of_eager(method, share):
+    """To 1e-5 of the largest, over the shapes of all tasks; aot_eager has traced the graphs of backward, too."""
+    torch._dynamo.reset()
+    model = with_method(method, share, base=dataclasses.replace(TINY, encoder_layers=1, decoder_layers=1))
+    compiled = torch.compile(model.loss, backend="aot_eager")
+    for task, shape, pictures in ROUND:
+        select(model, task)
+        inputs, found = round_batch(shape, pictures), []
+        for loss in model.loss, compiled:
+            model.zero_grad()
+            value = loss(*inputs)
+            value.backward()
+            found.append([value.detach(), *(p.grad for p in trainable(model).values() if p.grad is not None)])
+        assert len(found[0]) == len(found[1]) > 5
+        assert all(distance(theirs, ours) < 1e-5 for ours, theirs in zip(*found) if ours.any())
 
 
 # ---- formulas -----------------------------------------------------------------------------------------------------
