@@ -352,7 +352,7 @@ class Sublayer(nn.Module):
         if self.prenorm:
             return x + self.dropout(self.adapter(self.inner(self.norm(x), *context), x))
         hidden = self.adapter(self.inner(x, *context), x)
-        return self.norm(x + self.dropout(hidden)).to(hidden.dtype)                         # under autocast, in bf16
+        return self.norm(x + self.dropout(hidden)).to(hidden.dtype)                         # autocast's, not the norm's
 
 
 class Layer(nn.Module):
@@ -482,26 +482,26 @@ class Model(nn.Module):
         """Question ids [batch, T], padded right, and features [batch, pictures, tokens, feature_dim].
 
         Returns memory [batch, S, d_model] of [prompt; text; visual] and its mask [batch, 1, 1, S], True where to look.
-        With ids_at, where the flat ids are no padding, nothing is computed where they are.
+        ids_at: where the flat ids are no padding; given, nothing is computed elsewhere.
         """
         # Token o of a grid has the row vocab - 1 - o. One lookup, for its gradient is as large as the table.
-        places = self.config.vocab_size - 1 - torch.arange(features.size(2), device=ids.device)
-        words, places = self.embed(torch.cat([ids.flatten(), places])).split([ids.numel(), len(places)])
+        rows = self.config.vocab_size - 1 - torch.arange(features.size(2), device=ids.device)
+        words, rows = self.embed(torch.cat([ids.flatten(), rows])).split([ids.numel(), len(rows)])
         text = self.encoder.embed(words.view(*ids.shape, -1), torch.arange(ids.size(1), device=ids.device))
-        visual = self.visual(features, places)                                              # [batch, V, d_model]
+        visual = self.visual(features, rows)                                                # [batch, V, d_model]
         prompt = text.size(1) - ids.size(1)
         mask = F.pad(ids != self.config.pad, (prompt, visual.size(1)), value=True)          # [batch, S]
         at = None
         if ids_at is not None:
             places = torch.arange(mask.numel(), device=ids.device).view_as(mask)
-            before, words, behind = places.split([prompt, ids.size(1), visual.size(1)], 1)
-            at = torch.cat([before.flatten(), words.flatten().index_select(0, ids_at), behind.flatten()])
+            before, asked, behind = places.split([prompt, ids.size(1), visual.size(1)], 1)
+            at = torch.cat([before.flatten(), asked.flatten().index_select(0, ids_at), behind.flatten()])
         mask, position = mask[:, None, None], torch.arange(text.size(1), device=ids.device)     # the prompt counts
         bias = self.encoder.positions.bias(mask, position, position)
         return self.encoder(torch.cat([text, visual], 1), bias, at=at), mask
 
     def embed(self, ids):
-        """Word embeddings [..., d_model], and with them all hidden states, in the precision of what is trained."""
+        """Word embeddings [..., d_model] in the precision of what is trained."""
         return self.words(ids).to(self.visual.picture.weight.dtype)
 
     def decode(self, ids, memory, memory_mask, cache=None, at=None):
