@@ -560,34 +560,38 @@ def start(module: nn.Module, embedding_std: float):
 class Cache:
     """What the decoder's attentions remember while `generate` runs; shapes stay the same from step to step.
 
-    Keys and values of the memory are made once a picture and serve all its beams; those of the words have room for
+    Keys and values of the memory are made once an example and serve all its beams; those of the words have room for
     max_length words and are filled at `step`, a tensor [1].
     """
 
-    def __init__(self, decoder: Stack, memory, max_length: int):
+    def __init__(self, decoder: Stack, memory, mask, max_length: int):
         self.max_length, self.step = max_length, torch.zeros(1, dtype=torch.long, device=memory.device)
-        self.layers = []
+        self.mask, self.layers = mask, []
         for layer in decoder.layers:
             keys, values = layer.cross_attn.inner.keys_values(memory, Packing(memory))      # [batch, heads, S, head_dim]
             room = [keys.new_zeros(len(keys), keys.size(1), max_length, keys.size(-1)) for _ in range(2)]
-            self.layers.append((Written(room, self.step), lambda *_, kept=(keys, values): kept))
+            self.layers.append((Kept(room, self.step), Kept([keys, values])))
 
-    def reorder(self, rows):
-        """Row i becomes what row rows[i] was."""
-        for written, _ in self.layers:
-            written.room = [x.index_select(0, rows) for x in written.room]
+    def reorder(self, rows, examples=None):
+        """Row i becomes what row rows[i] was. With `examples` only these stay."""
+        for words, memory in self.layers:
+            words.kept = [x.index_select(0, rows) for x in words.kept]
+            if examples is not None:
+                memory.kept = [x.index_select(0, examples) for x in memory.kept]
+        self.mask = self.mask if examples is None else self.mask.index_select(0, examples)
 
 
-class Written:
-    """Keys and values of the words so far, [rows, heads, max_length, head_dim] each; a call adds those of one word."""
+class Kept:
+    """Keys and values, [rows, heads, S, head_dim] each; with a step, a call adds those of x at this place."""
 
-    def __init__(self, room: list, step):
-        self.room, self.step = room, step
+    def __init__(self, kept: list, step=None):
+        self.kept, self.step = kept, step
 
     def __call__(self, attention, x, packing):
-        for kept, new in zip(self.room, attention.keys_values(x, packing)):
-            kept.index_copy_(2, self.step, new.to(kept.dtype))
-        return self.room
+        if self.step is not None:
+            for kept, new in zip(self.kept, attention.keys_values(x, packing)):
+                kept.index_copy_(2, self.step, new.to(kept.dtype))
+        return self.kept
 
 
 @torch.no_grad()
@@ -600,15 +604,15 @@ def generate(model: Model, ids, features, beams: int = 1, max_length: int = 20, 
     """
     decode = decode or model.decode
     memory, mask = model.encode(ids, features, (ids != model.config.pad).flatten().nonzero()[:, 0])
-    cache = Cache(model.decoder, memory, max_length)
+    cache = Cache(model.decoder, memory, mask, max_length)
 
     def next_logits(words):                                                                 # [rows, t] -> [rows, vocab]
         cache.step.fill_(words.size(1) - 1)
-        logits = model.logits(decode(words[:, -1:].contiguous(), memory, mask, cache)[:, 0]).float()
+        logits = model.logits(decode(words[:, -1:].contiguous(), memory, cache.mask, cache)[:, 0]).float()
         return force(model.config, logits, words.size(1), max_length)
 
     if beams == 1:
-        return greedy_search(model.config, next_logits, ids, max_length)
+        return greedy_search(model.config, next_logits, ids, max_length, cache.reorder)
     return beam_search(model.config, next_logits, ids, beams, max_length, cache.reorder)
 
 
@@ -632,14 +636,27 @@ def ban_repeats(scores, words, n: int):
     return scores.scatter_add(1, grams[..., -1], penalty)
 
 
-def greedy_search(config: Config, next_logits, ids, max_length: int):
+def greedy_search(config: Config, next_logits, ids, max_length: int, reorder):
+    said = torch.full((len(ids), max_length), config.pad, device=ids.device)
+    here = torch.arange(len(ids), device=ids.device)                    # rows of the examples still searched
     words = torch.full((len(ids), 1), config.start, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    while words.size(1) < max_length and not ended.all():
+    while words.size(1) < max_length and len(here):
         best = ban_repeats(next_logits(words), words, config.no_repeat_ngram).argmax(-1)
         words = torch.cat([words, best.masked_fill(ended, config.pad)[:, None]], 1)
         ended |= best == config.end
-    return words
+        if half(ended):
+            said[here[ended], :words.size(1)] = words[ended]
+            stay = (~ended).nonzero()[:, 0]
+            here, words, ended = here[stay], words[stay], ended[stay]
+            reorder(stay, stay)
+    said[here, :words.size(1)] = words
+    return said[:, :words.size(1)]
+
+
+def half(done) -> bool:
+    """Whether it is time for those that are done to leave: to copy what stays has a price, too."""
+    return 2 * int(done.sum()) >= len(done)
 
 
 def top(x, count: int, block: int = 64):
@@ -669,16 +686,22 @@ def beam_search(config: Config, next_logits, ids, beams: int, max_length: int, r
     sums = torch.zeros(batch, 1, device=device)
     closed = torch.full((batch, beams, max_length), config.pad, device=device)
     scores = torch.full((batch, beams), -torch.inf, device=device)
-    done = torch.zeros(batch, 1, dtype=torch.bool, device=device)
+    done = torch.zeros(batch, dtype=torch.bool, device=device)
+    said, here = closed[:, 0].clone(), torch.arange(batch, device=device)                   # examples still searched
 
     def close(new_words, new_scores):
         """The best of the closed and the new hypotheses, where the search is not done."""
         padded = F.pad(new_words, (0, max_length - new_words.size(2)), value=config.pad)
-        best, index = torch.cat([scores, new_scores.masked_fill(done, -torch.inf)], 1).topk(beams)
+        best, index = torch.cat([scores, new_scores.masked_fill(done[:, None], -torch.inf)], 1).topk(beams)
         return torch.cat([closed, padded], 1).gather(1, index[..., None].expand(-1, -1, max_length)), best
 
-    while words.size(2) < max_length and not done.all():
-        many, length = words.shape[1:]
+    def say(rows):
+        """The best hypotheses of these rows are the answers."""
+        best = scores[rows].argmax(1)[:, None, None].expand(-1, -1, max_length)
+        said[here[rows]] = closed[rows].gather(1, best)[:, 0]
+
+    while words.size(2) < max_length and len(here):
+        batch, many, length = words.shape
         logs = ban_repeats(next_logits(words.flatten(0, 1)).log_softmax(-1), words.flatten(0, 1), config.no_repeat_ngram)
         best, word = top(logs, 2 * beams)                                                   # [batch x open, 2 beams]
         each, best = best.size(1), best.view(batch, many, -1) + sums[..., None]
@@ -688,18 +711,24 @@ def beam_search(config: Config, next_logits, ids, beams: int, max_length: int, r
 
         ends = word == config.end
         closing = best / length ** config.length_penalty
-        hopeful = closing[:, :1]                                                            # no open one can end better
+        hopeful = closing[:, 0]                                                             # no open one can end better
         closed, scores = close(longer[:, :beams], closing[:, :beams].masked_fill(~ends[:, :beams], -torch.inf))
-        worst = scores.min(1, keepdim=True).values
+        worst = scores.min(1).values
         done |= worst.isfinite() & (torch.ones_like(done) if config.early_stopping else worst >= hopeful)
 
         sums, keep = top(best.masked_fill(ends, -torch.inf), beams)                         # best first, as they were
         words = longer.gather(1, keep[..., None].expand(-1, -1, length + 1))
-        reorder((torch.arange(0, batch * many, many, device=device)[:, None] + beam.gather(1, keep)).flatten())
+        rows, stay = torch.arange(0, batch * many, many, device=device)[:, None] + beam.gather(1, keep), None
+        if half(done):
+            say(done)
+            stay = (~done).nonzero()[:, 0]
+            words, sums, closed, scores, done, here, rows = (
+                x[stay] for x in (words, sums, closed, scores, done, here, rows))
+        reorder(rows.flatten(), stay)
 
     closed, scores = close(words, sums / words.size(2) ** config.length_penalty)
-    best = closed.gather(1, scores.argmax(1)[:, None, None].expand(-1, -1, max_length))[:, 0]
-    return best[:, :1 + int((best != config.pad).nonzero()[:, 1].max())]
+    say(slice(None))
+    return said[:, :1 + int((said != config.pad).nonzero()[:, 1].max())]
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------
