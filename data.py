@@ -704,7 +704,7 @@ def write_atomically(path: Path, content: bytes):
 
 
 class Corpus:
-    """The examples of one task and split as integers, and batches of them that all have one shape."""
+    """The examples of one task and split as integers, and batches of them that all have one shape but for their padding."""
 
     def __init__(self, task: str, examples: list[Example], tokenizer: Tokenizer, store: FeatureStore, prompts: bool = True):
         self.task, self.examples, self.store, self.pad = task, examples, store, tokenizer.pad
@@ -727,6 +727,7 @@ class Corpus:
 
         Each example draws one of its answers with a chance in proportion to its weight, which also weighs its loss.
         Where there are fewer examples than `size`, rows of weight 0 fill up. `part` picks the rows of one process.
+        ids_at and labels_at say what is no padding, so that the device need not be asked.
         """
         real, indices = len(indices), np.concatenate([indices, np.full(size - len(indices), indices[0])])
         ids = torch.from_numpy(self.text[indices[part]].astype(np.int64))
