@@ -123,7 +123,7 @@ class KroneckerLinear(nn.Module):
     def forward(self, x):
         weight = self.left @ self.right if hasattr(self, "left") else self.weight
         product = torch.einsum("nij,nkl->ikjl", self.rule(), weight)                        # [n, inputs/n, n, outputs/n]
-        return x @ product.flatten(2).flatten(0, 1) + self.bias                             # [..., outputs]
+        return F.linear(x, product.flatten(2).flatten(0, 1).T, self.bias)                   # [..., outputs]
 
 
 class LowRankLinear(nn.Module):
@@ -135,7 +135,7 @@ class LowRankLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x):
-        return x @ self.left @ self.right + self.bias
+        return F.linear(x @ self.left, self.right.T, self.bias)
 
 
 class HyperNetwork(nn.Module):

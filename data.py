@@ -704,7 +704,7 @@ def write_atomically(path: Path, content: bytes):
 
 
 class Corpus:
-    """The examples of one task and split as integers, and batches of them that all have one shape but for their padding."""
+    """The examples of one task and split as integers, and batches of them; only ids_at and labels_at differ in length."""
 
     def __init__(self, task: str, examples: list[Example], tokenizer: Tokenizer, store: FeatureStore, prompts: bool = True):
         self.task, self.examples, self.store, self.pad = task, examples, store, tokenizer.pad

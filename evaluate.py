@@ -537,7 +537,7 @@ def run_weights(model: Model) -> dict[str, torch.Tensor]:
 
 
 def keep_in_bf16(model: Model):
-    """Frozen matrices in the precision they are multiplied in, or autocast would convert each of them at every step."""
+    """Frozen Linears and words in the precision they are used in, or autocast would convert them at every step."""
     for module in [module for module in model.modules() if isinstance(module, torch.nn.Linear)] + [model.words]:
         for weight in module.parameters(recurse=False):
             if not weight.requires_grad:
@@ -588,7 +588,7 @@ def decide(model: Model, tokenizer: Tokenizer, choices: tuple[str, ...], ids, fe
     words = [tokenizer.pieces(choice)[0] for choice in choices]
     before = tokenizer.encode(choices[0])
     before = [model.config.start, *before[:before.index(words[0])]]                         # BART's answers begin with <s>
-    memory, mask = model.encode(ids, features)
+    memory, mask = model.encode(ids, features, (ids != model.config.pad).flatten().nonzero()[:, 0])
     logits = model.logits(model.decode(ids.new_tensor(before).expand(len(ids), -1), memory, mask)[:, -1])
     return [choices[i] for i in logits[:, words].argmax(1).tolist()]
 

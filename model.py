@@ -266,7 +266,7 @@ class Moved(torch.autograd.Function):
 
 
 class Packing:
-    """Takes the padding out of x [batch, length, width] for all but attention, which alone needs a rectangle.
+    """Takes the padding out of x [batch, length, width] inside a stack; attention alone needs a rectangle.
 
     at: the places of the tokens in the flat batch x length. None: all stays as it is.
     """
@@ -305,10 +305,10 @@ class Attention(nn.Module):
     def forward(self, x, packing, memory, mask, cache=None):
         """x [batch, T, d_model] or packed; mask [batch or 1, heads or 1, T or 1, S], boolean or added.
 
-        cache, see `Cache`, says keys and values instead of `keys_values`.
+        cache, see `Cache`, gives keys and values instead of `keys_values`.
         """
         k, v = (cache or Attention.keys_values)(self, memory, packing)
-        # In beam search x has `beams` rows a picture, memory one: the beams are so many queries on the same keys.
+        # In beam search x has `beams` rows an example, memory one: the beams are so many queries on the same keys.
         q = packing.pad(self.q(x)).view(len(k), -1, self.heads, k.size(-1)).transpose(1, 2) # [batch, heads, T, head_dim]
         if self.dropout.ours(x):                                                            # the same with our dropout
             scores = self.scale * q @ k.transpose(-1, -2)
@@ -352,7 +352,8 @@ class Sublayer(nn.Module):
         if self.prenorm:
             return x + self.dropout(self.adapter(self.inner(self.norm(x), *context), x))
         hidden = self.adapter(self.inner(x, *context), x)
-        return self.norm(x + self.dropout(hidden)).to(hidden.dtype)                         # autocast's, not the norm's
+        # Under autocast hidden states stay in its precision; T5's sums, which no norm interrupts, do not.
+        return self.norm(x + self.dropout(hidden)).to(hidden.dtype)
 
 
 class Layer(nn.Module):
@@ -482,7 +483,7 @@ class Model(nn.Module):
         """Question ids [batch, T], padded right, and features [batch, pictures, tokens, feature_dim].
 
         Returns memory [batch, S, d_model] of [prompt; text; visual] and its mask [batch, 1, 1, S], True where to look.
-        ids_at: where the flat ids are no padding; given, nothing is computed elsewhere.
+        ids_at: where the flat ids are no padding; given, padding is not computed and its memory is zeros.
         """
         # Token o of a grid has the row vocab - 1 - o. One lookup, for its gradient is as large as the table.
         rows = self.config.vocab_size - 1 - torch.arange(features.size(2), device=ids.device)
@@ -505,9 +506,9 @@ class Model(nn.Module):
         return self.words(ids).to(self.visual.picture.weight.dtype)
 
     def decode(self, ids, memory, memory_mask, cache=None, at=None):
-        """Answer ids so far [rows, T] to hidden states [rows, T, d_model], at least where the flat ids are `at`.
+        """Answer ids so far [rows, T] to hidden states [rows, T, d_model].
 
-        With a cache, ids are those at `cache.step`.
+        With a cache, ids are those at `cache.step`. at: places of the flat ids; given, the others are zeros.
         """
         keys = torch.arange(ids.size(1) if cache is None else cache.max_length, device=ids.device)
         queries = keys if cache is None else cache.step
@@ -535,8 +536,8 @@ class Model(nn.Module):
 
         weights [batch]: VQA's is the score of the drawn answer; a token mean over the whole batch, as for captions, is
         the weight (tokens of the answer) x batch / (tokens of the batch); a row that only fills up the batch has 0.
-        ids_at, labels_at: where the flat ids are no padding and the flat labels not -100, for only there is anything
-        computed. To find out makes the host wait for the device.
+        ids_at, labels_at: where the flat ids are no padding and the flat labels not -100; the rest is not computed. To
+        find out makes the host wait for the device.
         """
         ids_at = (ids != self.config.pad).flatten().nonzero()[:, 0] if ids_at is None else ids_at
         labels_at = (labels != -100).flatten().nonzero()[:, 0] if labels_at is None else labels_at
@@ -570,7 +571,8 @@ class Cache:
         for layer in decoder.layers:
             keys, values = layer.cross_attn.inner.keys_values(memory, Packing(memory))      # [batch, heads, S, head_dim]
             room = [keys.new_zeros(len(keys), keys.size(1), max_length, keys.size(-1)) for _ in range(2)]
-            self.layers.append((Kept(room, self.step), Kept([keys, values])))
+            # Contiguous as what `reorder` leaves: one layout, one graph.
+            self.layers.append((Kept(room, self.step), Kept([keys.contiguous(), values.contiguous()])))
 
     def reorder(self, rows, examples=None):
         """Row i becomes what row rows[i] was. With `examples` only these stay."""
@@ -660,7 +662,7 @@ def half(done) -> bool:
 
 
 def top(x, count: int, block: int = 64):
-    """`topk` of the rows of x, or all where there are fewer; on rows as long as a vocabulary four times as fast.
+    """`topk` of the rows of x, or all where there are fewer; on a vocabulary four times as fast, on a CPU.
 
     The best lie in the blocks with the best maxima, or in what no block holds.
     """
@@ -728,7 +730,7 @@ def beam_search(config: Config, next_logits, ids, beams: int, max_length: int, r
 
     closed, scores = close(words, sums / words.size(2) ** config.length_penalty)
     say(slice(None))
-    return said[:, :1 + int((said != config.pad).nonzero()[:, 1].max())]
+    return said[:, :1 + int(((said != config.pad) * torch.arange(max_length, device=device)).max())]
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
         return task, [{k: x.pin_memory() for k, x in batch.items()} for batch in made] if device.type == "cuda" else made
 
     if flags["compile"]:
+        model.train()
         loss_of, decode = compiled(model, corpora, rows, parts[0], flags["bf16"])
     for epoch in range(step // per_epoch, flags["epochs"]):
         model.train()
@@ -172,11 +173,14 @@ def compiled(model, corpora, rows: dict, part: slice, bf16: bool):
     device = next(model.parameters()).device
     try:
         for task, corpus in corpora.items():
-            batch = {name: x.to(device) for name, x in corpus.batch([0], rows[task], "", part).items()}
+            indices = range(min(len(corpus), rows[task]))               # different ones, that do not all end at once
+            batch = {name: x.to(device) for name, x in corpus.batch(indices, rows[task], "", part).items()}
             select(model, task)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                model.train(), loss(**batch)
-                model.eval(), generate(model, batch["ids"], batch["features"], TASKS[task].beams, decode=decode)
+                loss(**batch)
+                if not TASKS[task].choices:
+                    generate(model.eval(), batch["ids"], batch["features"], TASKS[task].beams, decode=decode)
+                model.train()
         return loss, decode
     except Exception as problem:                        # compilers fail in many ways, none of which should end the run
         say(f"torch.compile failed, going on without: {str(problem).splitlines()[0]}")

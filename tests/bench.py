@@ -88,6 +88,7 @@ def ours(method: str, args) -> tuple[nn.Module, Callable, Callable]:
     if args.dtype == "bf16":
         keep_in_bf16(model)
     loss_of = torch.compile(model.loss) if args.compile else model.loss
+    decode = torch.compile(model.decode, dynamic=True) if args.compile else None
 
     def loss(batch):
         select(model, "vqa")
@@ -96,7 +97,7 @@ def ours(method: str, args) -> tuple[nn.Module, Callable, Callable]:
     def answer(batch):
         select(model, "vqa")
         with precision(args):
-            return generate(model, batch["ids"], batch["features"], BEAMS, 1 + NEW)
+            return generate(model, batch["ids"], batch["features"], BEAMS, 1 + NEW, decode)
 
     return model, stepper(model, loss, args), answer
 
@@ -348,7 +349,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--batch", type=int, metavar="N", help="default: 500, on a CPU 16")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="turns that count (default: 9)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for our losses")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for our losses and decoding")
     parser.add_argument("--compile-peers", action="store_true", help="torch.compile for the losses of the peers")
     parser.add_argument("--tiny", action="store_true", help="two layers of width 64: only whether it runs")
     parser.add_argument("--child", metavar="NAME", help=argparse.SUPPRESS)

@@ -647,16 +647,18 @@ def test_the_cache_changes_nothing():
 @BOTH
 @torch.no_grad()
 def test_a_compiled_decoding_step_says_the_same(base):
-    """And a handful of graphs are enough, however many tasks with shapes of their own there are."""
+    """And a handful of graphs are enough for all shapes; from eight on the compiler would give up in silence."""
     torch._dynamo.reset()
-    model, counter, graphs = our_model(base=base), CompileCounter(), []
+    model, counter, lengths = our_model(base=base), CompileCounter(), set()
+    model.logits_bias[base.end] = 4 if base is TINY else 1  # answers end at different steps, and the search gets smaller
     decode = torch.compile(model.decode, backend=counter, dynamic=True)
     for rows, pictures in (6, 1), (3, 1), (5, 2), (7, 1):
         ids, features = questions(rows, pad=base.pad), torch.randn(rows, pictures, 4, 8)
         for beams in 1, 5:
-            assert torch.equal(generate(model, ids, features, beams, decode=decode), generate(model, ids, features, beams))
-        graphs.append(counter.frame_count)
-    assert graphs[1] == graphs[-1] <= 5
+            said = generate(model, ids, features, beams)
+            lengths.update((said == base.end)[:, 1:].int().argmax(1).tolist())
+            assert torch.equal(generate(model, ids, features, beams, decode=decode), said)
+    assert counter.frame_count < 8 and len(lengths) > 3
 
 
 def test_dropout_keeps_nine_of_ten_and_the_mean():
