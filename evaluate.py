@@ -41,8 +41,8 @@ from adapters import install, select, trainable
 from data import (FRAMES, TASKS, VIDEOS, Corpus, DataError, Example, FeatureStore, Task, choose_from, find_files,
                   fit_frames, folders_of, load_features, load_picture, load_video, normalise, open_picture, read_examples,
                   report_problems, task_list, text_ids, vqa_normal_form, write_atomically)
-from model import (ADDED_WORDS, VISUAL_SIDE, CLIPResNet, Model, WeightsError, fold_norms, generate, load_backbone,
-                   load_clip, pool, read_json)
+from model import (ADDED_WORDS, VISUAL_SIDE, CLIPResNet, Model, WeightsError, flat_places, fold_norms, generate,
+                   load_backbone, load_clip, pool, read_json)
 from tokenizer import Tokenizer, VocabularyError, load_tokenizer
 
 
@@ -588,7 +588,7 @@ def decide(model: Model, tokenizer: Tokenizer, choices: tuple[str, ...], ids, fe
     words = [tokenizer.pieces(choice)[0] for choice in choices]
     before = tokenizer.encode(choices[0])
     before = [model.config.start, *before[:before.index(words[0])]]                         # BART's answers begin with <s>
-    memory, mask = model.encode(ids, features, (ids != model.config.pad).flatten().nonzero()[:, 0])
+    memory, mask = model.encode(ids, features, flat_places(ids != model.config.pad))
     logits = model.logits(model.decode(ids.new_tensor(before).expand(len(ids), -1), memory, mask)[:, -1])
     return [choices[i] for i in logits[:, words].argmax(1).tolist()]
 

@@ -265,6 +265,11 @@ class Moved(torch.autograd.Function):
         return Moved.apply(grad, back, source), None, None
 
 
+def flat_places(mask):
+    """Where the flat mask is True. On CUDA the host waits for it, so training is given them with the batch."""
+    return mask.flatten().nonzero()[:, 0]
+
+
 class Packing:
     """Takes the padding out of x [batch, length, width] inside a stack; attention alone needs a rectangle.
 
@@ -483,7 +488,7 @@ class Model(nn.Module):
         """Question ids [batch, T], padded right, and features [batch, pictures, tokens, feature_dim].
 
         Returns memory [batch, S, d_model] of [prompt; text; visual] and its mask [batch, 1, 1, S], True where to look.
-        ids_at: where the flat ids are no padding; given, padding is not computed and its memory is zeros.
+        ids_at: `flat_places` where ids are no padding; given, padding is not computed and its memory is zeros.
         """
         # Token o of a grid has the row vocab - 1 - o. One lookup, for its gradient is as large as the table.
         rows = self.config.vocab_size - 1 - torch.arange(features.size(2), device=ids.device)
@@ -494,8 +499,8 @@ class Model(nn.Module):
         mask = F.pad(ids != self.config.pad, (prompt, visual.size(1)), value=True)          # [batch, S]
         at = None
         if ids_at is not None:
-            places = torch.arange(mask.numel(), device=ids.device).view_as(mask)
-            before, asked, behind = places.split([prompt, ids.size(1), visual.size(1)], 1)
+            all_places = torch.arange(mask.numel(), device=ids.device).view_as(mask)
+            before, asked, behind = all_places.split([prompt, ids.size(1), visual.size(1)], 1)
             at = torch.cat([before.flatten(), asked.flatten().index_select(0, ids_at), behind.flatten()])
         mask, position = mask[:, None, None], torch.arange(text.size(1), device=ids.device)     # the prompt counts
         bias = self.encoder.positions.bias(mask, position, position)
@@ -536,11 +541,10 @@ class Model(nn.Module):
 
         weights [batch]: VQA's is the score of the drawn answer; a token mean over the whole batch, as for captions, is
         the weight (tokens of the answer) x batch / (tokens of the batch); a row that only fills up the batch has 0.
-        ids_at, labels_at: where the flat ids are no padding and the flat labels not -100; the rest is not computed. To
-        find out makes the host wait for the device.
+        ids_at, labels_at: `flat_places` where ids are no padding and labels not -100; the rest is not computed.
         """
-        ids_at = (ids != self.config.pad).flatten().nonzero()[:, 0] if ids_at is None else ids_at
-        labels_at = (labels != -100).flatten().nonzero()[:, 0] if labels_at is None else labels_at
+        ids_at = flat_places(ids != self.config.pad) if ids_at is None else ids_at
+        labels_at = flat_places(labels != -100) if labels_at is None else labels_at
         hidden = self.hidden(ids, features, labels, ids_at, labels_at).flatten(0, 1).index_select(0, labels_at)
         tokens = F.cross_entropy(self.logits(hidden).float(), labels.flatten()[labels_at], reduction="none")
         sums = tokens.new_zeros(len(labels)).index_add(0, labels_at // labels.size(1), tokens)
@@ -605,7 +609,7 @@ def generate(model: Model, ids, features, beams: int = 1, max_length: int = 20, 
     ids and features as for `Model.encode`; max_length counts the start token; decode: a compiled `model.decode`.
     """
     decode = decode or model.decode
-    memory, mask = model.encode(ids, features, (ids != model.config.pad).flatten().nonzero()[:, 0])
+    memory, mask = model.encode(ids, features, flat_places(ids != model.config.pad))
     cache = Cache(model.decoder, memory, mask, max_length)
 
     def next_logits(words):                                                                 # [rows, t] -> [rows, vocab]

@@ -330,7 +330,7 @@ def memory_table(args):
 def measure_child(name: str, args):
     """Prints the peak of a contestant that is built and makes two steps, in MiB: allocated on CUDA, else grown."""
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)
-    for args.config in (TINY[args.backbone], args.config):             # a small one before loads what is loaded at first use
+    for args.config in (TINY[args.backbone], args.config):      # a small one before loads what is loaded at first use
         batch, before = make_batch(args), peak()
         _, step, _ = build(name, args)
         step(batch), step(batch)

@@ -365,7 +365,8 @@ def test_nor_does_it_on_t5():
     assert graphs("adapter", "none", ["train"] * 2, encoder_layers=1, base=TINY_T5) == [3, 3]
 
 
-@pytest.mark.parametrize("method, share, recompute", [("adapter", "none", True), ("lora", "all", False)])
+@pytest.mark.parametrize("method, share, recompute", [("adapter", "none", True), ("compacter", "all", False),
+                                                      ("lora", "all", False)])
 def test_compiled_losses_and_gradients_are_those_of_eager(method, share, recompute):
     """To 1e-5 of the largest, over the shapes of all tasks; aot_eager has traced the graphs of backward, too."""
     torch._dynamo.reset()
