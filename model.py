@@ -522,8 +522,8 @@ class Model(nn.Module):
         return self.decoder(x, self.decoder.positions.bias(mask, queries, keys), memory, memory_mask, cache, at)
 
     def logits(self, hidden):
-        """[..., d_model] to [..., vocab]."""
-        return F.linear(hidden * self.config.head_scale, self.words.weight, self.logits_bias.to(hidden.dtype))
+        """[..., d_model] to [..., vocab]. The bias makes them float32 under autocast, too: one pass over them, not two."""
+        return F.linear(hidden * self.config.head_scale, self.words.weight) + self.logits_bias
 
     def hidden(self, ids, features, labels, ids_at=None, labels_at=None):
         """The decoder's hidden states [batch, L, d_model] for labels [batch, L], which are -100 behind their end."""
