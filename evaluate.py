@@ -46,9 +46,10 @@ from model import (ADDED_WORDS, VISUAL_SIDE, CLIPResNet, Model, WeightsError, fl
 from tokenizer import Tokenizer, VocabularyError, load_tokenizer
 
 
-FLAGS = (  # of train.py, kept in a run's config.json
-    "method", "tasks", "share", "sites", "sizes", "prompts", "data", "weights", "backbone", "vision", "epochs", "batch",
-    "accumulate", "lr", "seed", "bf16", "compile", "recompute", "allow_missing")
+FLAGS = {  # of train.py, kept in a run's config.json
+    "method": str, "tasks": list, "share": str, "sites": list | None, "sizes": dict, "prompts": bool, "data": str,
+    "weights": str, "backbone": str, "vision": str, "epochs": int, "batch": int, "accumulate": int, "lr": float | int,
+    "seed": int, "bf16": bool, "compile": bool, "recompute": bool, "allow_missing": bool}
 
 
 class RunError(ValueError):
@@ -406,7 +407,7 @@ def build_model(flags: dict, feature_dim: int) -> tuple[Model, Tokenizer, int]:
     try:
         filled = install(model, flags["method"], model.config.d_model, flags["tasks"], flags["share"],
                          flags["sites"], backbone=family(folder), **flags["sizes"])
-    except (ValueError, TypeError, ZeroDivisionError) as problem:      # the latter two: --sizes that are no such numbers
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as problem:     # sizes and sites of no use
         raise RunError(f"--method {flags['method']} cannot be installed: {problem}") from None
     return model, tokenizer, filled
 
@@ -554,10 +555,22 @@ def load_run_weights(model: Model, weights: dict[str, torch.Tensor], source: Pat
     model.words.weight.data[-ADDED_WORDS:] = weights["added_words"]
 
 
+def check_flags(flags: dict):
+    """Raises RunError for flags that are not of their kind, or numbers that make no run."""
+    for name, kind in FLAGS.items():
+        if not isinstance(flags[name], kind):
+            raise RunError(f"{name} is {flags[name]!r}")
+    if min(flags["batch"], flags["accumulate"], flags["epochs"]) < 1 or not 0 < flags["lr"] < float("inf"):
+        raise RunError("--batch, --accumulate, --epochs and --lr are positive numbers")
+    if not 0 <= flags["seed"] < 2 ** 31:
+        raise RunError("--seed is a number from 0 to 2147483647")
+
+
 def read_run(folder: Path) -> dict:
     """The flags of a run."""
     try:
         flags = json.loads((folder / "config.json").read_text(encoding="utf-8"))["flags"]
+        check_flags(flags)
         task_list(",".join(flags["tasks"]))
         return {name: flags[name] for name in FLAGS}
     except FileNotFoundError:

@@ -29,9 +29,9 @@ from tqdm import tqdm
 import toy
 from adapters import METHODS, select, trainable
 from data import TASKS, ahead, batch_size, mixture, report_problems, task_list, write_atomically
-from evaluate import (PROBLEMS, RunError, answer, build_model, check_labels, check_weights, family, keep_in_bf16,
-                      load_run_weights, load_state, open_corpora, open_eye, pick_device, print_scores, read_run,
-                      run_weights, score, weight_hashes, weight_path)
+from evaluate import (PROBLEMS, RunError, answer, build_model, check_flags, check_labels, check_weights, family,
+                      keep_in_bf16, load_run_weights, load_state, open_corpora, open_eye, pick_device, print_scores,
+                      read_run, run_weights, score, weight_hashes, weight_path)
 from model import FAMILIES, generate
 
 WARMUP, CLIP, DECAY = 0.1, 5.0, 0.01                    # the paper's: share of the steps, norm of the gradient, decay
@@ -364,10 +364,7 @@ def complete(given: dict, device: torch.device, world: int) -> dict:
     elif family(weight_path(flags | given, (flags | given)["backbone"])) == "t5":
         flags["batch"] = 30 if video else 300
     flags |= given
-    if min(flags["batch"], flags["accumulate"], flags["epochs"]) < 1 or not 0 < flags["lr"] < float("inf"):
-        raise RunError("--batch, --accumulate, --epochs and --lr are positive numbers")
-    if not 0 <= flags["seed"] < 2 ** 31:
-        raise RunError("--seed is a number from 0 to 2147483647")
+    check_flags(flags)
     return flags
 
 

@@ -284,13 +284,14 @@ def test_pictures_pairs_and_videos_can_be_asked_about(run, video_run, tiny, monk
 
 
 def test_what_cannot_be_evaluated_is_told_in_one_sentence(run, video_run, tiny, tmp_path, monkeypatch, capsys):
-    broken, other = tmp_path / "broken", tmp_path / "other"
-    for folder in (broken, other):
+    broken, other, edited = folders = tmp_path / "broken", tmp_path / "other", tmp_path / "edited"
+    for folder in folders:
         shutil.copytree(run, folder)
     (broken / "best.pt").write_bytes((run / "best.pt").read_bytes()[:2000])
-    config = json.loads((other / "config.json").read_text())
-    config["flags"]["share"] = "all"
-    (other / "config.json").write_text(json.dumps(config))
+    for folder, change in (other, {"share": "all"}), (edited, {"lr": "high"}):
+        config = json.loads((run / "config.json").read_text())
+        config["flags"] |= change
+        (folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "x.jpg").write_text("no picture")
     (tmp_path / "x.json").write_text("[1]")
     assert command(evaluate, monkeypatch, run, "--tasks", "vqa") == 0
@@ -304,6 +305,7 @@ def test_what_cannot_be_evaluated_is_told_in_one_sentence(run, video_run, tiny, 
             ((tmp_path,), "is not a run: it has no config.json"),
             ((broken,), "best.pt is truncated or not a saved run"),
             ((other,), "does not fit its config.json"),
+            ((edited,), "config.json is not the config.json of a run: RunError(\"lr is 'high'\")"),
             ((run, "--image", tmp_path / "x.jpg", "--question", "?"), "x.jpg is not a readable picture"),
             ((run, "--device", "nonsense"), "device 'nonsense' cannot be used"),
             ((run, "--tasks", "vqa,tennis"), "unknown task: 'tennis'; known are vqa, gqa"),
