@@ -616,17 +616,17 @@ def answer(model: Model, tokenizer: Tokenizer, corpus: Corpus, device: torch.dev
         for i in range(0, len(corpus), batch):
             indices = np.arange(i, min(i + batch, len(corpus)))
             x = corpus.batch(indices, batch)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                said = reply(model, tokenizer, row, x["ids"].to(device), x["features"].to(device), decode)
+            said = reply(model, tokenizer, row, x["ids"].to(device), x["features"].to(device), bf16, decode)
             answers += said[:len(indices)]
             bar.update(len(indices))
     return answers
 
 
-def reply(model: Model, tokenizer: Tokenizer, row: Task, ids, features, decode=None) -> list[str]:
-    if row.choices:
-        return decide(model, tokenizer, row.choices, ids, features)
-    said = generate(model, ids, features, row.beams, decode=decode)
+def reply(model: Model, tokenizer: Tokenizer, row: Task, ids, features, bf16: bool, decode=None) -> list[str]:
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+        if row.choices:
+            return decide(model, tokenizer, row.choices, ids, features)
+        said = generate(model, ids, features, row.beams, decode=decode)
     return [tokenizer.decode(words).strip() for words in said.tolist()]
 
 
@@ -740,9 +740,10 @@ def thumbnails(path: Path, video: bool) -> list[str]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """A device by its name; None: this process's GPU, or the CPU. Raises RunError."""
-    if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    """A device by its name; cuda is this process's GPU; None: that, or the CPU. Raises RunError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
@@ -762,6 +763,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights-of", choices=("best", "last"), default="best", help="of which epoch (default: best)")
     parser.add_argument("--batch", type=int, default=200, metavar="N")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                        help="bfloat16 autocast (default: on CUDA, if the run was trained with it)")
     instead = parser.add_argument_group("instead of scoring the run").add_mutually_exclusive_group()
     instead.add_argument("--blind", action="store_true", help="score the commonest answer per kind of question")
     instead.add_argument("--shuffle", action="store_true", help="shuffle the pictures among the questions")
@@ -781,7 +784,8 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def ask(args: argparse.Namespace, model: Model, tokenizer: Tokenizer, eye: Eye | Released, task: str, prompts: bool) -> str:
+def ask(args: argparse.Namespace, model: Model, tokenizer: Tokenizer, eye: Eye | Released, task: str, prompts: bool,
+        bf16: bool) -> str:
     """The answer to --question about --image or --video."""
     row, paths = TASKS[task], [args.video] if args.video else args.image
     if row.video != bool(args.video):
@@ -799,8 +803,7 @@ def ask(args: argparse.Namespace, model: Model, tokenizer: Tokenizer, eye: Eye |
     features = eye.encode([eye.load(row.video)(path) for path in paths], row.video)[None]   # [1, pictures, tokens, C]
     ids = text_ids(tokenizer, task, Example(0, (), text, {}, subtitles=args.subtitles), prompts)
     select(model, task)
-    with torch.no_grad():
-        said, = reply(model, tokenizer, row, torch.tensor([ids], device=features.device), features)
+    said, = reply(model, tokenizer, row, torch.tensor([ids], device=features.device), features, bf16)
     return dict((f"a{i}", choice.strip()) for i, choice in enumerate(choices)).get(said, said)
 
 
@@ -831,11 +834,11 @@ def main():
     path = args.run / f"{args.weights_of}.pt"
     load_run_weights(model, load_state(path)["weights"], path)
     model.to(device).eval()
-    bf16 = flags["bf16"] and device.type == "cuda"
+    bf16 = flags["bf16"] and device.type == "cuda" if args.bf16 is None else args.bf16
     if bf16:
         keep_in_bf16(model)
     if args.image or args.video:
-        print(ask(args, model, tokenizer, eye, tasks[0], flags["prompts"]))
+        print(ask(args, model, tokenizer, eye, tasks[0], flags["prompts"], bf16))
         return
     answer_all = partial(answer, model, tokenizer, device=device, batch=args.batch, bf16=bf16)
     if args.submit:

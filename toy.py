@@ -587,8 +587,9 @@ DATA = {  # who draws it, for which tasks
 def world(tasks: list[str], family: str = "bart", folder: str | Path = FOLDER) -> dict:
     """Draws and trains what the tasks need and is not there yet; returns the flags of train.py that suit this world.
 
-    Of those, `faster` is what the paper's learning rate is multiplied by: a smaller model takes larger steps. Each piece
-    is made under another name and moved into place when it is whole, so a killed run leaves no half of one.
+    Of those, `faster` is what the paper's learning rate is multiplied by: a smaller model takes larger steps. Compiling
+    one takes longer than training it. Each piece is made under another name and moved into place when it is whole, so a
+    killed run leaves no half of one.
     """
     folder, video = Path(folder), TASKS[tasks[0]].video
     suits = {"backbone": f"{family}-mini", "epochs": 8 if "nlvr" in tasks else 5, "batch": 64, "faster": 3}
@@ -605,7 +606,8 @@ def world(tasks: list[str], family: str = "bart", folder: str | Path = FOLDER) -
             unfinished.parent.mkdir(parents=True, exist_ok=True)
             write(unfinished)
             unfinished.rename(folder / name)
-    return {"data": str(folder / "datasets"), "weights": str(folder / "weights"), "vision": "RN-mini"} | suits
+    return {"data": str(folder / "datasets"), "weights": str(folder / "weights"), "vision": "RN-mini",
+            "compile": False} | suits
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ def generate_table(args):
 
 
 def pictures_table(args):
-    if args.dtype == "bf16" and not args.cuda:
+    if (args.dtype == "bf16") != args.cuda:             # what `Eye` makes of them, in either case
         return
     layers, width, output = ((1, 1, 1, 1), 8, 32) if args.tiny else ((3, 4, 23, 3), 64, 512)
     count = 2 if args.tiny else 256 if args.cuda else 8
@@ -282,12 +282,7 @@ def pictures_table(args):
         weights = CLIPResNet(layers, width, 7, output).state_dict()
         torch.save({f"visual.{name}": x for name, x in weights.items()}, Path(folder, "RN101.pt"))
         eye = Eye({"weights": folder, "vision": "RN101"}, args.device)
-
-    def encode():
-        with precision(args):
-            eye.encode(pictures, False)
-
-    times = take_turns("encoding", {"ours": encode}, args)
+    times = take_turns("encoding", {"ours": lambda: eye.encode(pictures, False)}, args)
     print_times(f"pictures through RN101, {args.dtype}, {count} at once", times, count)
 
 

@@ -279,8 +279,10 @@ def test_pictures_pairs_and_videos_can_be_asked_about(run, video_run, tiny, monk
                   (run, "--tasks", "nlvr", "--image", picture, picture, "--question", "Both pictures show stars."),
                   (run, "--tasks", "caption", "--image", picture), (video_run, "--tasks", "tvc", "--video", video),
                   (video_run, "--video", video, "--question", "What is it?", "--choices", "a star|a ring", "--subtitles", "Hi.")]:
-        assert command(evaluate, monkeypatch, *words) == 0
-        assert capsys.readouterr().out.endswith("\n")
+        for precision in "--no-bf16", "--bf16":
+            assert command(evaluate, monkeypatch, *words, precision) == 0
+            assert capsys.readouterr().out.endswith("\n")
+    assert command(evaluate, monkeypatch, run, "--bf16", "--tasks", "vqa") == 0, "a whole split, too"
 
 
 def test_what_cannot_be_evaluated_is_told_in_one_sentence(run, video_run, tiny, tmp_path, monkeypatch, capsys):
