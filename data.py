@@ -721,17 +721,21 @@ class Corpus:
     def __len__(self):
         return len(self.examples)
 
-    def batch(self, indices: np.ndarray, size: int, seed=None, part: slice = slice(None)) -> dict[str, torch.Tensor]:
+    def batch(self, indices: np.ndarray, size: int, seed=None, part: slice = slice(None),
+              pin: bool = False) -> dict[str, torch.Tensor]:
         """Examples as tensors: ids [size, T], features [size, pictures, tokens, channels]; with a seed what
         `Model.loss` takes besides.
 
         Each example draws one of its answers with a chance in proportion to its weight, which also weighs its loss.
         Where there are fewer examples than `size`, rows of weight 0 fill up. `part` picks the rows of one process.
-        ids_at and labels_at say what is no padding, so that the device need not be asked.
+        ids_at and labels_at say what is no padding, so that the device need not be asked. pin: in pinned memory.
         """
         real, indices = len(indices), np.concatenate([indices, np.full(size - len(indices), indices[0])])
-        ids = torch.from_numpy(self.text[indices[part]].astype(np.int64))
-        batch = {"ids": ids, "features": torch.from_numpy(self.store.features[self.rows[indices[part]]])}
+        ids, rows = torch.from_numpy(self.text[indices[part]].astype(np.int64)), self.rows[indices[part]]
+        # Copied once, from the store to where they are sent from; any mode but "clip" makes a copy more.
+        features = torch.empty(*rows.shape, *self.store.features.shape[1:], dtype=torch.float16, pin_memory=pin)
+        np.take(self.store.features, rows, axis=0, out=features.numpy(), mode="clip")
+        batch = {"ids": ids, "features": features}
         if seed is not None:
             rng = random.Random(seed)
             drawn = [draw(self.choices[i], rng) for i in indices]
@@ -745,7 +749,7 @@ class Corpus:
             batch |= {"labels": labels, "weights": torch.from_numpy(weights[part].astype(np.float32)),
                       "ids_at": (ids != self.pad).flatten().nonzero()[:, 0],
                       "labels_at": (labels != -100).flatten().nonzero()[:, 0]}
-        return batch
+        return {name: x.pin_memory() for name, x in batch.items()} if pin else batch
 
 
 def text_ids(tokenizer: Tokenizer, task: str, example: Example, prompts: bool = True) -> list[int]:

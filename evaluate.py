@@ -38,7 +38,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from adapters import install, select, trainable
-from data import (FRAMES, TASKS, VIDEOS, Corpus, DataError, Example, FeatureStore, Task, choose_from, find_files,
+from data import (FRAMES, TASKS, VIDEOS, Corpus, DataError, Example, FeatureStore, Task, ahead, choose_from, find_files,
                   fit_frames, folders_of, load_features, load_picture, load_video, normalise, open_picture, read_examples,
                   report_problems, task_list, text_ids, vqa_normal_form, write_atomically)
 from model import (ADDED_WORDS, VISUAL_SIDE, CLIPResNet, Model, WeightsError, flat_places, fold_norms, generate,
@@ -607,15 +607,15 @@ def decide(model: Model, tokenizer: Tokenizer, choices: tuple[str, ...], ids, fe
 
 
 def answer(model: Model, tokenizer: Tokenizer, corpus: Corpus, device: torch.device, batch: int, bf16: bool = False,
-           quiet: bool = False, decode=None) -> list[str]:
-    """The model's answer to every question of a corpus, in order. decode: see `generate`."""
+           part: slice = slice(None), quiet: bool = False, decode=None) -> list[str]:
+    """The model's answers to the questions of a corpus, or a part of them, in order. decode: see `generate`."""
     model.eval()
     select(model, corpus.task)
-    row, answers = TASKS[corpus.task], []
-    with tqdm(total=len(corpus), desc=f"answering {corpus.task}", unit=" examples", leave=False, disable=quiet) as bar:
-        for i in range(0, len(corpus), batch):
-            indices = np.arange(i, min(i + batch, len(corpus)))
-            x = corpus.batch(indices, batch)
+    row, asked, answers = TASKS[corpus.task], np.arange(len(corpus))[part], []
+    batches = [asked[i:i + batch] for i in range(0, len(asked), batch)]
+    made = ahead(lambda indices: corpus.batch(indices, batch, pin=device.type == "cuda"), batches, 2, threads=1)
+    with tqdm(total=len(asked), desc=f"answering {corpus.task}", unit=" examples", leave=False, disable=quiet) as bar:
+        for indices, x in zip(batches, made):
             said = reply(model, tokenizer, row, x["ids"].to(device), x["features"].to(device), bf16, decode)
             answers += said[:len(indices)]
             bar.update(len(indices))

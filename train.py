@@ -7,7 +7,8 @@
 
 Without --data and --weights it draws and uses the miniature world of toy.py. A run's folder holds config.json,
 log.jsonl, last.pt (to go on from) and best.pt (the weights of the best epoch): only what was trained, not the backbone.
-Every step is a function of the seed, its number and the weights, so a run that was killed goes on to the same numbers.
+Every step is a function of the seed, its number and the weights, so a run that was killed goes on to the same numbers
+(on a CPU bit by bit).
 Needs torch, numpy, pillow, av, tqdm and all of ours.
 """
 
@@ -16,6 +17,7 @@ import io
 import json
 import os
 import platform
+import random
 import subprocess
 import time
 from contextlib import contextmanager
@@ -96,8 +98,8 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
     def prepare(job: tuple):
         """The parts of one batch, on a thread of its own while the device computes."""
         number, task, indices = job
-        made = [corpora[task].batch(indices, rows[task], f"{flags['seed']} {number}", part) for part in parts]
-        return task, [{k: x.pin_memory() for k, x in batch.items()} for batch in made] if device.type == "cuda" else made
+        cuda = device.type == "cuda"
+        return task, [corpora[task].batch(indices, rows[task], f"{flags['seed']} {number}", part, cuda) for part in parts]
 
     if flags["compile"]:
         model.train()
@@ -108,12 +110,13 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
         jobs = [(step + i, *batch) for i, batch in enumerate(batches[step % per_epoch:])]
         bar = tqdm(desc=f"epoch {epoch + 1}/{flags['epochs']}", initial=step % per_epoch, total=per_epoch, unit=" steps",
                    disable=rank() > 0)
-        clock = Clock()
-        for task, made in clock.waiting(ahead(prepare, jobs, 3, threads=1)):
+        clock = Clock(device)
+        for task, made in clock.waiting(ahead(prepare, jobs, 3, threads=2)):
             # ---- the whole of training
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, flags["lr"])
-            torch.manual_seed(flags["seed"] << 32 | step << 8 | rank())                     # dropout
+            # For dropout. 32 bits, for a CPU's generator takes no more.
+            torch.manual_seed(random.Random(f"{flags['seed']} {step} {rank()}").getrandbits(32))
             select(model, task)
             for batch in made:
                 batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
@@ -135,7 +138,7 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
             if step % SAVE_EVERY == 0 and step % per_epoch != 0:
                 save(run, model, optimizer, step, best)
         bar.close()
-        scores = validate(model, tokenizer, validation, device, flags, decode)
+        scores = validate(model, tokenizer, validation, device, flags, decode, world)
         mean = sum(next(iter(parts.values())) for parts in scores.values()) / len(scores)
         if rank() == 0:
             print_scores(scores, f"epoch {epoch + 1}, validation")
@@ -148,14 +151,22 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
 
 
 class Clock:
-    """Which share of the time went by waiting for data."""
+    """Which share of the time went by waiting for data.
 
-    def __init__(self):
-        self.began, self.waited = time.perf_counter(), 0.0
+    On CUDA the host stays one step ahead of the device: further ahead it would wait for data that nobody needs yet.
+    """
+
+    def __init__(self, device: torch.device):
+        self.began, self.waited, self.cuda = time.perf_counter(), 0.0, device.type == "cuda"
 
     def waiting(self, items):
-        items = iter(items)
+        items, last = iter(items), None
         while True:
+            if self.cuda:
+                before, last = last, torch.cuda.Event()
+                last.record()
+                if before is not None:
+                    before.synchronize()
             asked = time.perf_counter()
             item = next(items, None)
             self.waited += time.perf_counter() - asked
@@ -168,29 +179,44 @@ class Clock:
 
 
 def compiled(model, corpora, rows: dict, part: slice, bf16: bool):
-    """The compiled loss and decoding step, tried on a batch of each task; where that fails, the run goes on without."""
+    """The compiled loss and decoding step, tried on each task; where that fails, the run goes on without.
+
+    Tried with gradients and on two batches, for it is the second number of tokens that has graphs for any number made.
+    """
     loss, decode = torch.compile(model.loss), torch.compile(model.decode, dynamic=True)
     device = next(model.parameters()).device
     try:
-        for task, corpus in corpora.items():
-            indices = range(min(len(corpus), rows[task]))               # different ones, that do not all end at once
-            batch = {name: x.to(device) for name, x in corpus.batch(indices, rows[task], "", part).items()}
+        for task, corpus in tqdm(corpora.items(), "compiling", unit=" tasks", disable=rank() > 0):
             select(model, task)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss(**batch)
-                if not TASKS[task].choices:
+            count = min(len(corpus), rows[task])        # different examples, that do not all end at once
+            for indices in range(count), range(count // 2, count):
+                batch = {name: x.to(device) for name, x in corpus.batch(indices, rows[task], "", part).items()}
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    value = loss(**batch)
+                value.backward()
+            if not TASKS[task].choices:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     generate(model.eval(), batch["ids"], batch["features"], TASKS[task].beams, decode=decode)
                 model.train()
-        return loss, decode
     except Exception as problem:                        # compilers fail in many ways, none of which should end the run
-        say(f"torch.compile failed, going on without: {str(problem).splitlines()[0]}")
-        return model.loss, model.decode
+        say(f"torch.compile failed, going on without: {' '.join(str(problem).split())[:200] or type(problem).__name__}")
+        loss, decode = model.train().loss, model.decode
+    model.zero_grad()
+    return loss, decode
 
 
-def validate(model, tokenizer, corpora, device, flags, decode) -> dict[str, dict[str, float]]:
+def validate(model, tokenizer, corpora, device, flags, decode, world: int) -> dict[str, dict[str, float]]:
+    """Process r answers the questions r, r + world, ...; all know the scores."""
     scores = {}
     for task, corpus in corpora.items():
-        predictions = answer(model, tokenizer, corpus, device, flags["batch"], flags["bf16"], rank() > 0, decode)
+        said = [answer(model, tokenizer, corpus, device, flags["batch"], flags["bf16"], slice(rank(), None, world),
+                       rank() > 0, decode)]
+        if world > 1:
+            mine, said = said[0], [None] * world
+            dist.all_gather_object(said, mine)
+        predictions = [""] * len(corpus)
+        for i, part in enumerate(said):
+            predictions[i::world] = part
         scores[task] = score(task, corpus.examples, predictions)
     return scores
 
@@ -431,14 +457,12 @@ def main():
     if world > 1:
         # The others wait while the first process encodes all pictures, which may take longer than any usual timeout.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    try:
-        run, flags = resume(given) if "resume" in given else begin(given, device, world)
-        say(f"data: {flags['data']}, weights: {flags['weights']} ({flags['backbone']}, {flags['vision']}), "
-            f"run: {run}, on {device_name(device)}")
-        train(flags, run, device, world)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    run, flags = resume(given) if "resume" in given else begin(given, device, world)
+    say(f"data: {flags['data']}, weights: {flags['weights']} ({flags['backbone']}, {flags['vision']}), "
+        f"run: {run}, on {device_name(device)}")
+    train(flags, run, device, world)
+    if world > 1:                                       # not after an error: it would wait for the others, they for this
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

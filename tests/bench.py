@@ -355,6 +355,8 @@ def parse() -> argparse.Namespace:
     args.device, args.config = pick_device(args.device), (TINY if args.tiny else BASE)[args.backbone]
     args.dtypes = ["fp32", "bf16"] if args.dtype == "both" else [args.dtype]
     args.cuda = args.device.type == "cuda"
+    if args.cuda:
+        torch.cuda.set_device(args.device)
     args.batch = args.batch or (4 if args.tiny else 500 if args.cuda else 16)
     args.peers = [package for package in PEERS if find_spec("transformers") and find_spec(package)
                   and args.backbone == "bart"]
@@ -367,6 +369,7 @@ def main():
     if args.child:
         return measure_child(args.child, args)
     logging.disable(logging.WARNING)                    # the adapters library says that none is active, though all are
+    torch._dynamo.config.recompile_limit = 64           # else from 8 graphs on, of all models together, it is eager
     say = {False: "eager", True: "compiled"}
     print(f"{torch.cuda.get_device_name() if args.cuda else 'CPU'}, {torch.get_num_threads()} threads, load "
           f"{os.getloadavg()[0]:.1f} of {os.cpu_count()} cores, "
