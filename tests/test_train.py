@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from functorch.compile import nop
+from torch._dynamo.backends.common import aot_autograd
 
 import data
 import train
@@ -46,6 +49,10 @@ def argv(monkeypatch):
 
 def final_weights(run: Path) -> dict:
     return torch.load(run / "last.pt", weights_only=True)["weights"]
+
+
+def scores_of(run: Path) -> list[dict]:
+    return [record["scores"] for record in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "scores" in record]
 
 
 def same(ours: dict, theirs: dict, bound: float = 0.0) -> bool:
@@ -181,6 +188,23 @@ def test_two_processes_end_with_the_weights_of_one(tiny, tmp_path):
                     *words, "--out", tmp_path / "two"], check=True, capture_output=True,
                    env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"), 1e-6)
+    assert scores_of(tmp_path / "one") == scores_of(tmp_path / "two"), "though each has answered half of the questions"
+
+
+def test_compiled_a_run_ends_with_the_same_weights_and_where_compiling_fails_it_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    """The compiler may as well fail where gradients are needed first, or without a word."""
+    def fails(*_):
+        raise RuntimeError
+
+    words, own = ["--tasks", "nlvr", "--epochs", "1", "--batch", "12", "--lr", "1e-3", *flags_of(tiny)], torch.compile
+    assert command(*words, "--out", tmp_path / "eager") == 0
+    for name, backend in ("aot", "aot_eager"), ("broken", aot_autograd(fw_compiler=nop, bw_compiler=fails)):
+        monkeypatch.setattr(torch, "compile", partial(own, backend=backend))
+        capsys.readouterr()
+        assert command(*words, "--compile", "--out", tmp_path / name) == 0
+        assert ("torch.compile failed, going on without" in capsys.readouterr().out) == (name == "broken")
+        assert same(final_weights(tmp_path / name), final_weights(tmp_path / "eager"), 1e-5)
+        assert scores_of(tmp_path / name) == scores_of(tmp_path / "eager")
 
 
 def test_accumulated_or_recomputed_gradients_are_those_of_the_whole_batch(tiny, tmp_path):
