@@ -96,7 +96,7 @@ def train(flags: dict, run: Path, device: torch.device, world: int):
         trim_log(run, step)
 
     def prepare(job: tuple):
-        """The parts of one batch, on a thread of its own while the device computes."""
+        """The parts of one batch, on another thread while the device computes."""
         number, task, indices = job
         cuda = device.type == "cuda"
         return task, [corpora[task].batch(indices, rows[task], f"{flags['seed']} {number}", part, cuda) for part in parts]

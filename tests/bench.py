@@ -299,7 +299,7 @@ def input_table(args):
         corpus = Corpus("vqa", examples, tokenizer, store)
 
         def load():
-            batch = corpus.batch(lot.permutation(count)[:size], size, "seed")
+            batch = corpus.batch(lot.permutation(count)[:size], size, "seed", pin=args.cuda)
             return {name: x.to(args.device, non_blocking=True) for name, x in batch.items()}
 
         print_times(f"Corpus.batch of {size} of {count:,} examples, from the page cache to the device",
