@@ -732,9 +732,11 @@ class Corpus:
         """
         real, indices = len(indices), np.concatenate([indices, np.full(size - len(indices), indices[0])])
         ids, rows = torch.from_numpy(self.text[indices[part]].astype(np.int64)), self.rows[indices[part]]
-        # Copied once, from the store to where they are sent from; any mode but "clip" makes a copy more.
-        features = torch.empty(*rows.shape, *self.store.features.shape[1:], dtype=torch.float16, pin_memory=pin)
-        np.take(self.store.features, rows, axis=0, out=features.numpy(), mode="clip")
+        if pin:                                 # filled directly; any mode but "clip" would make a copy more
+            features = torch.empty(*rows.shape, *self.store.features.shape[1:], dtype=torch.float16, pin_memory=True)
+            np.take(self.store.features, rows, axis=0, out=features.numpy(), mode="clip")
+        else:
+            features = torch.from_numpy(self.store.features[rows])
         batch = {"ids": ids, "features": features}
         if seed is not None:
             rng = random.Random(seed)

@@ -123,6 +123,15 @@ def test_two_processes_share_a_batch(corpus):
         assert torch.equal(torch.stack([half[name] for half in halves], 1).flatten(0, 1), x)
 
 
+def test_a_pinned_batch_is_the_same(corpus, monkeypatch):
+    """In memory that only claims to be pinned: without a GPU there is no other."""
+    own = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **more: own(*shape, **more))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    plain, pinned = (corpus.batch(np.arange(5), 8, seed=1, pin=pin) for pin in (False, True))
+    assert plain.keys() == pinned.keys() and all(torch.equal(x, pinned[name]) for name, x in plain.items())
+
+
 def test_answers_are_drawn_in_proportion_to_their_scores():
     rng = random.Random(0)
     counts = Counter(draw([(0, 0.3), (1, 0.9)], rng) for _ in range(4000))
