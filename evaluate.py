@@ -559,7 +559,7 @@ def check_flags(flags: dict):
     """Raises RunError for flags that are not of their kind, or numbers that make no run."""
     for name, kind in FLAGS.items():
         if not isinstance(flags[name], kind):
-            raise RunError(f"{name} is {flags[name]!r}")
+            raise RunError(f"{name} is {flags[name]!r}, expected {getattr(kind, '__name__', kind)}")
     if min(flags["batch"], flags["accumulate"], flags["epochs"]) < 1 or not 0 < flags["lr"] < float("inf"):
         raise RunError("--batch, --accumulate, --epochs and --lr are positive numbers")
     if not 0 <= flags["seed"] < 2 ** 31:

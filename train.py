@@ -209,13 +209,12 @@ def validate(model, tokenizer, corpora, device, flags, decode, world: int) -> di
     """Process r answers the questions r, r + world, ...; all know the scores."""
     scores = {}
     for task, corpus in corpora.items():
-        said = [answer(model, tokenizer, corpus, device, flags["batch"], flags["bf16"], slice(rank(), None, world),
-                       rank() > 0, decode)]
+        said = answer(model, tokenizer, corpus, device, flags["batch"], flags["bf16"], slice(rank(), None, world),
+                      rank() > 0, decode)
+        parts, predictions = [said] * world, [""] * len(corpus)
         if world > 1:
-            mine, said = said[0], [None] * world
-            dist.all_gather_object(said, mine)
-        predictions = [""] * len(corpus)
-        for i, part in enumerate(said):
+            dist.all_gather_object(parts, said)
+        for i, part in enumerate(parts):
             predictions[i::world] = part
         scores[task] = score(task, corpus.examples, predictions)
     return scores
