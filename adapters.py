@@ -1,98 +1,70 @@
 """The paper: every parameter-efficient method of VL-Adapter, and the table of methods.
 
-A model offers places: an attribute `adapter` on a sub-layer, called as adapter(hidden, x) with the output and the input
-of that sub-layer, both [..., d_model], before dropout and residual sum. `install` freezes the model and puts modules
-there. What is put in is new, therefore trainable; nothing is matched by the name of a weight.
+A model offers sites: an attribute `adapter` on a sub-layer, called as adapter(hidden, x) with the
+output and input of the sub-layer, both [..., d_model], before dropout and residual sum. `install`
+freezes the model and puts modules there. What is put in is trained, and what is trained is saved.
 
-    install(model, "adapter", d_model=768, tasks=["vqa", "gqa"], share="none")
-    select(model, "vqa")                                # before every batch; needed when tasks have their own copies
-    torch.save(trainable(model), "adapter.pt")          # {name: weight}: what is trained is what is saved
+    offer_sites(bart, "out_proj", "fc2")  # first, for a model of transformers or timm
+    install(bart, "adapter", d_model=768, tasks=["vqa", "gqa"], sharing="multiple")
+    select(bart, "vqa")  # before a batch, where tasks have their own weights
+    save(bart, "adapter.pt")
+    load(bart, "adapter.pt")  # into a model with the same method
 
-Three more attribute names count where a model has them: `prompt`, called with word embeddings [batch, length, d_model],
-`visual`, the new part of the model that every method trains, and `logits_bias`, the buffer of zeros that BitFit trains
-where Linears have no bias. LoRA replaces the Linears named q and v; Hyperformer reads stack, layer and kind off names
-like encoder.layers.0.ffn (self_attn, cross_attn).
+A model may also have `prompt`, a module called with word embeddings; `new_parts`, modules that
+every method trains; `new_rows`, how many last rows of a frozen table are saved; `dropout_class`;
+and `logits_bias`, a buffer that BitFit trains on T5.
 
-`python adapters.py` prints the share of weights each method trains on VL-BART and VL-T5 beside the published number.
-Paper: Sung, Cho, Bansal, CVPR 2022, https://arxiv.org/abs/2112.06825. Needs torch and nothing else; copy it as it is.
-Formulas: h is the hidden state at a place, d = d_model, r = d / reduction the bottleneck.
+`python adapters.py` prints what share of the weights each method trains. Needs torch alone.
+Paper: https://arxiv.org/abs/2112.06825. original: FILE#L is
+https://github.com/ylsung/VL_adapter/blob/545fcbb/VL-T5/src/FILE#L.
+In formulas h is the hidden state at a site, d = d_model, r = d / reduction the bottleneck.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---- tasks and sharing --------------------------------------------------------------------------------------------
+
+class AdapterError(ValueError):
+    """All that can go wrong here, in one sentence."""
 
 
-def unchosen(*_):
-    raise RuntimeError("these weights differ by task: call select(model, task) before the model")
-
-
-class PerTask(nn.Module):
-    """One copy of a module per task; `select` chooses the one that runs, and forgetting it is an error.
-
-    The chosen copy is kept outside nn.Module's registry: its weights are listed once in state_dict(), and changing the
-    task does not recompile, because weights are inputs of a compiled graph.
-    """
-
-    def __init__(self, tasks: Iterable[str], make: Callable[[], nn.Module]):
-        super().__init__()
-        self.copies = nn.ModuleDict({task: make() for task in tasks})
-        point(self, "chosen", unchosen)
-
-    def forward(self, *inputs):
-        return self.chosen(*inputs)
-
-
-def point(module: nn.Module, name: str, target):
-    """Lets module.name be `target` without making it a part of the module, for what is registered elsewhere."""
-    object.__setattr__(module, name, target)
-
-
-class Value(nn.Module):
-    """One trained tensor as a module, so that it can be shared, or copied per task, like any other."""
-
-    def __init__(self, value: torch.Tensor):
-        super().__init__()
-        self.value = nn.Parameter(value)
-
-    def forward(self):
-        return self.value
-
-
-# ---- in the places ------------------------------------------------------------------------------------------------
+# ---- adapters: section 3.2 ----
 
 
 class Adapter(nn.Module):
-    """h + up(gelu(down(h))), with tanh's gelu (Houlsby et al. 2019; section 3.2 of the paper).
+    """h + up(gelu(down(h))), with tanh's gelu (Houlsby et al. 2019).
 
-    With Linears 2 d r + r + d weights a place. Half-shared: `down` is PerTask and `up` serves all tasks.
+    With Linears 2 d r + r + d weights.
+    original: adapters/adapter_modeling.py#L52
     """
 
-    def __init__(self, down: nn.Module, up: nn.Module):
+    def __init__(self, down, up):
         super().__init__()
-        self.down, self.up = down, up
+        self.down = down
+        self.up = up
 
-    def forward(self, hidden, x):
+    def forward(self, hidden, x):  # both [..., d]
         return hidden + self.up(F.gelu(self.down(hidden), approximate="tanh"))
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A Linear that starts at N(0, 0.02) with zero bias, so that an adapter starts near the identity."""
+def linear(inputs, outputs):
+    """N(0, 0.02) and zero bias, so that an adapter starts near h."""
     layer = nn.Linear(inputs, outputs)
     nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def xavier(*shape: int) -> nn.Parameter:
-    """Xavier's uniform start with gain sqrt(2), for each matrix of a stack."""
+def xavier(*shape):
+    """Uniform with gain sqrt(2), each matrix of a stack for itself."""
     weight = nn.Parameter(torch.empty(shape))
     for matrix in weight.data.view(-1, *shape[-2:]):
         nn.init.xavier_uniform_(matrix, gain=math.sqrt(2))
@@ -100,480 +72,726 @@ def xavier(*shape: int) -> nn.Parameter:
 
 
 class KroneckerLinear(nn.Module):
-    """Compacter's y = x H + b with H = sum_i rule_i (x) W_i, a sum of n Kronecker products (Mahabadi et al. 2021).
+    """Compacter's y = x H + b, H = sum_i kron(phm_rule_i, W_i) (Mahabadi et al. 2021).
 
-    rule [n, n, n]; W [n, inputs/n, outputs/n], or with a rank W_i = left_i right_i of that rank.
-    n^3 + inputs outputs / n + outputs weights; with a rank n^3 + rank (inputs + outputs) + outputs.
+    phm_rule [n, n, n], W [n, inputs/n, outputs/n]: n^3 + inputs outputs / n + outputs weights.
+    With a rank W_i = W_left_i W_right_i: n^3 + rank (inputs + outputs) + outputs.
+    A shared phm_rule counts once a model.
+    original: adapters/hypercomplex/layers.py#L28
     """
 
-    def __init__(self, inputs: int, outputs: int, factors: int, rank: int | None, shared_rule: Value | None):
+    def __init__(self, inputs, outputs, n, rank=None, shared_phm_rule=None):
         super().__init__()
-        if inputs % factors or outputs % factors:
-            raise ValueError(f"{factors} Kronecker factors must divide both {inputs} and {outputs}")
+        if inputs % n or outputs % n:
+            raise AdapterError(f"n = {n} must divide both {inputs} and {outputs}")
         if rank is None:
-            self.weight = xavier(factors, inputs // factors, outputs // factors)
+            self.W = xavier(n, inputs // n, outputs // n)
         else:
-            self.left, self.right = xavier(factors, inputs // factors, rank), xavier(factors, rank, outputs // factors)
+            self.W_left = xavier(n, inputs // n, rank)
+            self.W_right = xavier(n, rank, outputs // n)
         self.bias = nn.Parameter(torch.zeros(outputs))
-        if shared_rule is None:
-            self.rule = Value(torch.randn(factors, factors, factors) * 0.01)
+        if shared_phm_rule is None:
+            self.phm_rule = phm_rule(n)
         else:
-            point(self, "rule", shared_rule)
+            refer(self, "phm_rule", shared_phm_rule)
 
     def forward(self, x):
-        weight = self.left @ self.right if hasattr(self, "left") else self.weight
-        product = torch.einsum("nij,nkl->ikjl", self.rule(), weight)                        # [n, inputs/n, n, outputs/n]
-        return F.linear(x, product.flatten(2).flatten(0, 1).T, self.bias)                   # [..., outputs]
+        W = self.W_left @ self.W_right if hasattr(self, "W_left") else self.W
+        products = torch.einsum("nij,nkl->ikjl", self.phm_rule(), W)  # [n, inputs/n, n, outputs/n]
+        H = products.flatten(2).flatten(0, 1)  # [inputs, outputs]
+        return F.linear(x, H.T, self.bias)
+
+
+def phm_rule(n):
+    return Shared(torch.randn(n, n, n) * 0.01)
 
 
 class LowRankLinear(nn.Module):
-    """y = x left right + b. rank (inputs + outputs) + outputs weights."""
+    """y = x left right + b. rank (inputs + outputs) + outputs weights.
 
-    def __init__(self, inputs: int, outputs: int, rank: int):
+    original: adapters/low_rank_layer.py#L34
+    """
+
+    def __init__(self, inputs, outputs, rank):
         super().__init__()
-        self.left, self.right = xavier(inputs, rank), xavier(rank, outputs)
+        self.left = xavier(inputs, rank)
+        self.right = xavier(rank, outputs)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x):
         return F.linear(x @ self.left, self.right.T, self.bias)
 
 
-class HyperNetwork(nn.Module):
-    """Writes the adapters of one stack from embeddings of task and layer (Hyperformer, Mahabadi et al. 2021).
+SUBLAYERS = ["ffn", "self_attn", "cross_attn"]  # in the order of the original
 
-    e = LN(W2 relu(W1 [task; layer])), p numbers; for each kind of place down = [r, d] and up = [d, r] with their biases
-    are Linears of e. The efficient variant has one pair of generators for all kinds, and tells them apart by one more
-    embedding in the input. Kinds times (p + 1)(2 r d + r + d) weights and the small network before them.
+
+class HyperNetwork(nn.Module):
+    """Hyperformer: writes the adapters of one stack (Mahabadi, Ruder et al. 2021).
+
+    e = LN(W2 relu(W1 [task; layer])), of embeddings, has size p = projected_dim. Linears of e give
+    each kind of sub-layer down [r, d], up [d, r] and biases: (p + 1) (2 d r + r + d) weights each,
+    plus embeddings, W1, W2, LN. Efficient: one for all kinds, e of [task; layer; kind] (L198).
+    original: adapters/adapter_hypernetwork.py#L107
     """
 
-    def __init__(self, d_model: int, bottleneck: int, layers: int, kinds: list[str], task: PerTask,
-                 task_dim: int, hidden_dim: int, projected_dim: int, efficient: bool):
+    def __init__(self, d, r, layers, kinds, task, task_dim, hidden_dim, projected_dim, efficient):
         super().__init__()
-        point(self, "task", task)                                     # one embedding a task, for both stacks
+        # Rows of `kind`: three in either stack, as in the original.
+        self.kinds = SUBLAYERS if set(kinds) <= set(SUBLAYERS) else kinds
+        refer(self, "task", task)  # one for all stacks
         self.layer = nn.Embedding(layers, task_dim)
-        self.kind = nn.Embedding(len(KINDS), task_dim) if efficient else None
-        embeddings = [e for e in (self.layer, self.kind) if e is not None]
-        self.project = nn.Sequential(linear((1 + len(embeddings)) * task_dim, hidden_dim), nn.ReLU(),
-                                     linear(hidden_dim, projected_dim))
+        self.kind = nn.Embedding(len(self.kinds), task_dim) if efficient else None
+        self.project = nn.Sequential(
+            linear((3 if efficient else 2) * task_dim, hidden_dim),
+            nn.ReLU(),
+            linear(hidden_dim, projected_dim))
         self.norm = nn.LayerNorm(projected_dim, 1e-6)
-        for embedding in embeddings:
-            nn.init.normal_(embedding.weight, std=0.02)
-        shapes = {"down": bottleneck * d_model, "down_bias": bottleneck, "up": d_model * bottleneck, "up_bias": d_model}
-        self.write = nn.ModuleDict({kind: nn.ModuleDict({name: linear(projected_dim, n) for name, n in shapes.items()})
-                                    for kind in (["any"] if efficient else kinds)})
+        nn.init.normal_(self.layer.weight, std=0.02)
+        if efficient:
+            nn.init.normal_(self.kind.weight, std=0.02)
 
-    def forward(self, layer: int, kind: str) -> dict[str, torch.Tensor]:
+        sizes = {"down": r * d, "down_bias": r, "up": d * r, "up_bias": d}
+        self.write = nn.ModuleDict()
+        for kind in ["any"] if efficient else [kind for kind in self.kinds if kind in kinds]:
+            self.write[kind] = nn.ModuleDict(
+                {name: linear(projected_dim, size) for name, size in sizes.items()})
+
+    def forward(self, layer, kind):
+        """One adapter's weights, flat: down [r d], down_bias [r], up [d r], up_bias [d]."""
         about = [self.task(), self.layer.weight[layer]]
         if self.kind is not None:
-            about.append(self.kind.weight[KINDS.index(kind)])
-        e = self.norm(self.project(torch.cat(about)))                                       # [projected_dim]
-        return {name: write(e) for name, write in self.write["any" if self.kind is not None else kind].items()}
-
-
-KINDS = ["ffn", "self_attn", "cross_attn"]       # rows of the efficient variant's embedding
+            about.append(self.kind.weight[self.kinds.index(kind)])
+            kind = "any"
+        e = self.norm(self.project(torch.cat(about)))  # [p]
+        return {name: write(e) for name, write in self.write[kind].items()}
 
 
 class HyperAdapter(nn.Module):
     """h + up gelu(down h) with weights that a HyperNetwork writes. No weights of its own."""
 
-    def __init__(self, network: HyperNetwork, layer: int, kind: str):
+    def __init__(self, network, layer, kind):
         super().__init__()
-        point(self, "network", network)
-        self.layer, self.kind = layer, kind
+        refer(self, "network", network)
+        self.layer = layer
+        self.kind = kind
 
     def forward(self, hidden, x):
-        w, d_model = self.network(self.layer, self.kind), hidden.size(-1)
-        inner = F.gelu(F.linear(hidden, w["down"].view(-1, d_model), w["down_bias"]), approximate="tanh")
-        return hidden + F.linear(inner, w["up"].view(d_model, -1), w["up_bias"])
+        weights = self.network(self.layer, self.kind)
+        down = weights["down"].view(-1, hidden.size(-1))  # [r, d]
+        up = weights["up"].view(hidden.size(-1), -1)  # [d, r]
+        inner = F.gelu(F.linear(hidden, down, weights["down_bias"]), approximate="tanh")
+        return hidden + F.linear(inner, up, weights["up_bias"])
 
 
-# ---- elsewhere ----------------------------------------------------------------------------------------------------
+# ---- prompts and LoRA: section 3.3; BitFit ----
 
 
 class Prompt(nn.Module):
-    """Puts `length` trained vectors before the words: up(tanh(down(table))) (prefix tuning's network, section 3.3).
+    """Puts `length` trained vectors before the words: up(tanh(down(table))) (Li and Liang 2021).
 
     length d + d mid + mid + mid d + d weights.
+    original: prompt/prompt_modeling.py#L13
     """
 
-    def __init__(self, d_model: int, length: int, mid_dim: int):
+    def __init__(self, d_model, length, mid_dim):
         super().__init__()
         self.table = nn.Parameter(torch.randn(length, d_model) * 0.02)
-        self.down, self.up = linear(d_model, mid_dim), linear(mid_dim, d_model)
+        self.down = linear(d_model, mid_dim)
+        self.up = linear(mid_dim, d_model)
 
-    def forward(self, words):                                                               # [batch, T, d_model]
-        prompt = self.up(torch.tanh(self.down(self.table))).to(words.dtype)                 # [length, d_model]
-        return torch.cat([prompt.expand(len(words), -1, -1), words], 1)                     # [batch, length + T, d_model]
+    def forward(self, words):  # [batch, T, d]
+        vectors = self.up(torch.tanh(self.down(self.table)))  # [length, d]
+        vectors = vectors.to(words.dtype).expand(len(words), -1, -1)  # [batch, length, d]
+        return torch.cat([vectors, words], 1)  # [batch, length + T, d]
 
 
 class LowRankUpdate(nn.Module):
-    """LoRA's B A dropout(x); A [rank, inputs] starts uniform, B [outputs, rank] at zero.
+    """LoRA's B A dropout(x), with B at zero at first. rank (inputs + outputs) weights."""
 
-    rank (inputs + outputs) weights.
-    """
-
-    def __init__(self, inputs: int, outputs: int, rank: int, dropout: nn.Module):
+    def __init__(self, inputs, outputs, rank, dropout):
         super().__init__()
-        self.a, self.b = nn.Parameter(torch.empty(rank, inputs)), nn.Parameter(torch.zeros(outputs, rank))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.A = nn.Parameter(torch.empty(rank, inputs))
+        self.B = nn.Parameter(torch.zeros(outputs, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.dropout = dropout
 
     def forward(self, x):
-        return self.dropout(x) @ self.a.T @ self.b.T
+        return self.dropout(x) @ self.A.T @ self.B.T
 
 
-class LoRALinear(nn.Linear):
-    """W x + b + alpha / rank B A dropout(x) (Hu et al. 2021): a Linear that takes over the weights of another.
+class SameLinear(nn.Linear):
+    """Has the weight and bias of another Linear."""
 
-    `merge` folds the update into W for as long as `unmerge` is not called, which gives W back bit by bit.
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+
+class LoRALinear(SameLinear):
+    """W x + b + alpha / rank B A dropout(x) (Hu et al. 2021).
+
+    original: lora/controller.py#L56
     """
 
-    def __init__(self, linear: nn.Linear, update: nn.Module, scale: float):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.update, self.scale = update, scale
-        self.unmerged = None                                          # W, while the update is folded in
+    def __init__(self, linear, update, scale):
+        super().__init__(linear)
+        self.update = update
+        self.scale = scale
 
     def forward(self, x):
-        out = super().forward(x)
-        return out + self.scale * self.update(x) if self.unmerged is None else out
+        return super().forward(x) + self.scale * self.update(x)
+
+    def merged(self):
+        """A plain Linear with W + alpha / rank B A."""
+        update = getattr(self.update, "chosen", self.update)
+        if update is not_selected:
+            not_selected()
+        W = self.weight.detach() + self.scale * update.B.detach() @ update.A.detach()
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(W.to(self.weight.dtype), self.weight.requires_grad)
+        plain.bias = self.bias
+        return plain
 
 
 class BiasedRMSNorm(nn.RMSNorm):
-    """g x / rms(x) + b: an RMSNorm that takes over the weight of another, and has a bias, zero at first. d weights."""
+    """g x / rms(x) + b with another RMSNorm's g, b zero at first. d weights more."""
 
-    def __init__(self, norm: nn.RMSNorm):
+    def __init__(self, norm):
         super().__init__(norm.normalized_shape, norm.eps, device="meta")
-        self.weight, self.bias = norm.weight, nn.Parameter(torch.zeros_like(norm.weight))
+        self.weight = norm.weight
+        self.bias = nn.Parameter(torch.zeros_like(norm.weight))
 
     def forward(self, x):
         return super().forward(x) + self.bias
 
 
-# ---- filling a model ----------------------------------------------------------------------------------------------
+# ---- tasks and sharing ----
 
 
-def places(model: nn.Module, attribute: str, sites: Iterable[str] | None) -> dict[str, nn.Module]:
-    """The modules with a submodule called `attribute`, by their names, at the given sites (None: everywhere).
+class PerTask(nn.Module):
+    """One copy of a module per task; `select` chooses the one that runs.
 
-    A site is one or more words of such a name: "ffn", "encoder", "decoder.cross_attn". Raises ValueError for one that
-    fits no name.
+    The choice is no part of the module: state_dict() lists weights once, and another task needs
+    no compiling, for weights are inputs of the graph.
+    original: adapters/adapter_controller.py#L41
     """
-    found = {name: module for name, module in model.named_modules() if attribute in module._modules}
-    if sites is None:
+
+    def __init__(self, tasks, make):
+        super().__init__()
+        self.copies = nn.ModuleDict({task: make() for task in tasks})
+        refer(self, "chosen", not_selected)
+
+    def forward(self, *inputs):
+        return self.chosen(*inputs)
+
+
+def not_selected(*_):
+    raise AdapterError("these weights differ by task: call select(model, task) before the model")
+
+
+def refer(module, name, target):
+    """Sets module.name, but not as a part of the module."""
+    object.__setattr__(module, name, target)
+
+
+class Shared(nn.Module):
+    """One trained tensor as a module, to refer to or to copy per task."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = nn.Parameter(value)
+
+    def forward(self):
+        return self.value
+
+
+# ---- what follows fills models and saves weights; you may stop here ----
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where a method may put modules, and for which tasks."""
+    model: nn.Module
+    d_model: int
+    tasks: list[str]
+    sharing: str
+    names: list[str] | None  # None: all
+
+    def find(self, attribute):
+        """Modules with a part `attribute` that no method has filled, by name."""
+        found = {name: module for name, module in self.model.named_modules()
+                 if attribute in module._modules}
+        if not found:
+            raise AdapterError(f"no module of the model has a part called {attribute!r}")
+        for site in self.names or ():
+            if not any(fits(site, name) for name in found):
+                words = ", ".join(dict.fromkeys(".".join(found).split(".")))
+                raise AdapterError(f"unknown site: {site!r} is nowhere among the sites: {words}")
+        if self.names is not None:
+            found = {name: module for name, module in found.items()
+                     if any(fits(site, name) for site in self.names)}
+        for name, module in found.items():
+            if isinstance(getattr(module, attribute), FILLED):
+                raise AdapterError(f"the site {name}.{attribute} is filled already")
         return found
-    fits = lambda site, name: set(site.split(".")) <= set(name.split("."))
-    for site in sites:
-        if not any(fits(site, name) for name in found):
-            words = dict.fromkeys(word for name in found for word in name.split("."))
-            raise ValueError(f"unknown site: {site!r} is nowhere among the places; their names have the words "
-                             f"{', '.join(words) or '(there are no places)'}")
-    return {name: module for name, module in found.items() if any(fits(site, name) for site in sites)}
+
+    def copies(self, make):
+        return PerTask(self.tasks, make) if self.sharing == "multiple" else make()
 
 
-def empty_places(model: nn.Module, attribute: str, sites: Iterable[str] | None) -> dict[str, nn.Module]:
-    """`places`, if no earlier method has filled any of them. Raises ValueError otherwise."""
-    found = places(model, attribute, sites)
+FILLED = (PerTask, Adapter, HyperAdapter, Prompt, LoRALinear)
+
+
+def fits(site, name):
+    """Whether all words of a site are in a name: decoder.ffn in decoder.layers.0.ffn."""
+    return set(site.split(".")) <= set(name.split("."))
+
+
+def bottlenecks(sites, reduction, projection):
+    """Adapters with down and up of projection(inputs, outputs)."""
+    d = sites.d_model
+    r = bottleneck(d, reduction)
+    found = sites.find("adapter")
+    for module in found.values():
+        if sites.sharing == "half":
+            down = PerTask(sites.tasks, lambda: projection(d, r))
+            module.adapter = Adapter(down, projection(r, d))
+        else:
+            module.adapter = sites.copies(lambda: Adapter(projection(d, r), projection(r, d)))
+    return len(found)
+
+
+def bottleneck(d_model, reduction):
+    if reduction > d_model:
+        raise AdapterError(f"a reduction of {reduction} leaves nothing of a d_model of {d_model}")
+    return d_model // reduction
+
+
+def adapter(sites, reduction):
+    return bottlenecks(sites, reduction, linear)
+
+
+def compacter(sites, reduction, n, shared_phm_rule, rank):
+    rule = None
+    if shared_phm_rule:
+        rule = sites.model.phm_rule = phm_rule(n)
+    return bottlenecks(sites, reduction, lambda *shape: KroneckerLinear(*shape, n, rank, rule))
+
+
+def lowrank(sites, reduction, rank):
+    return bottlenecks(sites, reduction, lambda *shape: LowRankLinear(*shape, rank))
+
+
+def hyperformer(sites, reduction, task_dim, hidden_dim, projected_dim, efficient):
+    """One HyperNetwork a stack; one embedding a task for all stacks, so `select` is needed."""
+    model = sites.model
+    r = bottleneck(sites.d_model, reduction)
+    found = sites.find("adapter")
+    stacks = {}
     for name, module in found.items():
-        if isinstance(getattr(module, attribute), (PerTask, Adapter, HyperAdapter, Prompt)):
-            raise ValueError(f"the place {name}.{attribute} is filled already")
-    return found
+        stack, layer, kind = layer_of(name)
+        stacks.setdefault(stack, []).append((module, layer, kind))
 
-
-def per_task(tasks, share: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """One module for all tasks or one for each."""
-    return PerTask(tasks, make) if share == "none" else make()
-
-
-def fill_bottlenecks(model, d_model, tasks, share, sites, reduction, projection) -> int:
-    """Adapters whose down and up are made by projection(inputs, outputs) in every place."""
-    bottleneck = d_model // reduction
-    if bottleneck < 1:
-        raise ValueError(f"a reduction of {reduction} leaves nothing of a width of {d_model}")
-    filled = empty_places(model, "adapter", sites)
-    for module in filled.values():
-        make_down = lambda: projection(d_model, bottleneck)
-        down = PerTask(tasks, make_down) if share == "half" else None
-        module.adapter = per_task(tasks, share, lambda: Adapter(down or make_down(), projection(bottleneck, d_model)))
-    return len(filled)
-
-
-def fill_adapters(model, d_model, tasks, share, sites, reduction) -> int:
-    return fill_bottlenecks(model, d_model, tasks, share, sites, reduction, linear)
-
-
-def fill_compacters(model, d_model, tasks, share, sites, reduction, factors, shared_rule, rank) -> int:
-    if shared_rule:
-        model.kronecker_rule = Value(torch.randn(factors, factors, factors) * 0.01)
-    projection = lambda inputs, outputs: KroneckerLinear(
-        inputs, outputs, factors, rank, model.kronecker_rule if shared_rule else None)
-    return fill_bottlenecks(model, d_model, tasks, share, sites, reduction, projection)
-
-
-def fill_low_rank(model, d_model, tasks, share, sites, reduction, rank) -> int:
-    projection = lambda inputs, outputs: LowRankLinear(inputs, outputs, rank)
-    return fill_bottlenecks(model, d_model, tasks, share, sites, reduction, projection)
-
-
-def fill_hyperformer(model, d_model, tasks, share, sites, reduction, task_dim, hidden_dim, projected_dim,
-                     efficient) -> int:
-    """One HyperNetwork a stack. Stack, layer and kind are read off the name of a place, as in encoder.layers.0.ffn."""
-    filled = empty_places(model, "adapter", sites)
-    for name in filled:
-        if not re.fullmatch(r"\w+\..*\.\d+\.(ffn|self_attn|cross_attn)", name):
-            raise ValueError(f"hyperformer cannot tell stack, layer and kind of the place {name!r}; "
-                             f"expected a name like encoder.layers.0.ffn")
-    model.task_embedding = PerTask(tasks, lambda: Value(torch.randn(task_dim)))
+    model.task_embedding = PerTask(sites.tasks, lambda: Shared(torch.randn(task_dim)))
     model.hypernetworks = nn.ModuleDict()
-    for stack in dict.fromkeys(name.split(".")[0] for name in filled):
-        here = [name.split(".") for name in filled if name.startswith(stack + ".")]
-        layers = 1 + max(int(words[-2]) for words in here)
-        kinds = [kind for kind in KINDS if any(words[-1] == kind for words in here)]
-        model.hypernetworks[stack] = HyperNetwork(d_model, d_model // reduction, layers, kinds, model.task_embedding,
-                                                  task_dim, hidden_dim, projected_dim, efficient)
-    for name, module in filled.items():
-        stack, *_, layer, kind = name.split(".")
-        module.adapter = HyperAdapter(model.hypernetworks[stack], int(layer), kind)
-    return len(filled)
+    for stack, places in stacks.items():
+        _, layers, kinds = zip(*places)
+        network = model.hypernetworks[stack] = HyperNetwork(
+            sites.d_model, r, 1 + max(layers), list(dict.fromkeys(kinds)), model.task_embedding,
+            task_dim, hidden_dim, projected_dim, efficient)
+        for module, layer, kind in places:
+            module.adapter = HyperAdapter(network, layer, kind)
+    return len(found)
 
 
-def fill_prompt(model, d_model, tasks, share, sites, length, mid_dim) -> int:
-    """Prompts before the words of the encoder (not of a decoder), whatever the sites of an adapter beside it."""
-    filled = {name: module for name, module in empty_places(model, "prompt", None).items() if "decoder" not in name}
-    for module in filled.values():
-        module.prompt = per_task(tasks, share, lambda: Prompt(d_model, length, mid_dim))
-    return len(filled)
+def layer_of(name):
+    """Stack, layer and kind of a sub-layer from its name PREFIX.NUMBER.KIND.
+
+    >>> layer_of("model.decoder.layers.11.self_attn.out_proj")
+    ('model_decoder', 11, 'self_attn_out_proj')
+    """
+    parts = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", name)
+    if parts is None:
+        raise AdapterError(f"hyperformer needs sites named like encoder.layers.0.ffn, not {name!r}")
+    stack, layer, kind = parts.groups()
+    return stack.removesuffix(".layers").replace(".", "_"), int(layer), kind.replace(".", "_")
 
 
-def fill_lora(model, d_model, tasks, share, sites, rank, alpha, dropout, targets) -> int:
-    filled, kind = 0, next((type(m) for m in model.modules() if isinstance(m, nn.Dropout)), nn.Dropout)  # the model's own
+def prompt(sites, length, mid_dim):
+    """In the encoder alone, whatever `sites` says."""
+    found = replace(sites, names=None).find("prompt")
+    encoders = [module for name, module in found.items() if "decoder" not in name]
+    if not encoders:
+        raise AdapterError("only decoders have a part called 'prompt', expected an encoder")
+    for module in encoders:
+        module.prompt = sites.copies(lambda: Prompt(sites.d_model, length, mid_dim))
+    return len(encoders)
+
+
+def lora(sites, rank, alpha, dropout, targets):
+    dropout_class = getattr(sites.model, "dropout_class", nn.Dropout)
+    filled = 0
     for target in targets:
-        for module in places(model, target, sites).values():
+        for name, module in sites.find(target).items():
             old = getattr(module, target)
-            make = lambda: LowRankUpdate(old.in_features, old.out_features, rank, kind(dropout))
-            setattr(module, target, LoRALinear(old, per_task(tasks, share, make), alpha / rank))
+            if type(old) is not nn.Linear:
+                raise AdapterError(f"LoRA's target {name}.{target} is a {type(old).__name__}, "
+                                   f"expected nn.Linear")
+            update = sites.copies(lambda: LowRankUpdate(
+                old.in_features, old.out_features, rank, dropout_class(dropout)))
+            setattr(module, target, LoRALinear(old, update, alpha / rank))
             filled += 1
     return filled
 
 
-def fill_biases(model, d_model, tasks, share, sites) -> int:
-    """Zero biases for Linears and RMSNorms that have none, and then for the head: BitFit on T5 as LST defines it.
+def bitfit(sites):
+    """Zero biases for Linears and RMSNorms without and, if a Linear lacked one, for the logits.
 
-    In BART nothing lacks a bias. Returns how many biases the model has then; sites do not matter.
+    LST does so on T5 (arXiv 2206.06522); BART has them all. Ignores sites, counts all biases.
     """
-    bare = [module for module in model.modules() if isinstance(module, nn.Linear) and module.bias is None]
+    model = sites.model
+    bare = [m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is None]
     for module in bare:
         module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
-    for parent in list(model.modules()):
-        for name, norm in parent.named_children():
-            if type(norm) is nn.RMSNorm:
-                setattr(parent, name, BiasedRMSNorm(norm))
+    swap(model, nn.RMSNorm, BiasedRMSNorm)
     if bare and "logits_bias" in model._buffers:
         model.logits_bias = nn.Parameter(model._buffers.pop("logits_bias"))
     return sum(name.endswith("bias") for name, _ in model.named_parameters())
 
 
-# ---- the table of methods -----------------------------------------------------------------------------------------
+def swap(model, kind, make):
+    """Puts make(module) where a module of exactly this kind was."""
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if type(module) is kind:
+                setattr(parent, name, make(module))
+
+
+# ---- the table of methods ----
+
+
+# single: one module for all tasks; half: up for all, down per task; multiple: one per task
+SHARINGS = ("single", "half", "multiple")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the paper: what is put in, with which sizes, what else trains, and the learning rates of its scripts."""
-    fill: Callable | None                # puts modules in and returns how many; None: nothing is put in
-    sizes: dict                          # its sizes, any of which `install` takes by name
-    trains: tuple[str, ...]              # besides what is put in: keys of TRAINS
-    lr: float                            # pictures; one module for all tasks
-    lr_videos: float
-    shares: tuple[str, ...] = ("all",)   # all: one for all tasks; half: up for all, down per task; none: one per task
-    lr_per_task: float | None = None     # pictures, share half and none, where it differs
-    sizes_on: dict[str, dict] = field(default_factory=dict)      # sizes that differ by backbone
+    """A row of the paper: fill(sites, **sizes) puts modules in and says how many."""
+    fill: Callable
+    sizes: dict
+    trains: tuple[str, ...] = ("new", "norms")  # keys of TRAINS, besides what fill puts in
+    lr: float = 1e-3  # for pictures
+    lr_videos: float = 3e-4
+    lr_per_task: float | None = None  # half and multiple, for pictures
+    sharings: tuple[str, ...] = ("single",)
+    sizes_on: dict = field(default_factory=dict)  # what differs by backbone
 
 
-ANY = ("all", "half", "none")
-BACKBONES = ("bart", "t5")
-# Sizes and rates: scripts/{image,video}/*.sh of the original; where it has no video script, the adapter's rate. On T5
-# the sizes of the published numbers, LST's (arXiv 2206.06522); the original's own T5 scripts are --sizes reduction=8.
+# From the authors' VL-T5/scripts, the adapter's rate where videos have none. On T5 the sizes are
+# LST's, which were published; the authors' T5 scripts have reduction=8.
 METHODS = {
-    "full": Method(None, {}, ("all",), 1e-4, 3e-5),
-    "adapter": Method(fill_adapters, dict(reduction=8), ("visual", "norms"), 1e-3, 3e-4, ANY, 3e-4,
-                      dict(t5=dict(reduction=4))),
-    "hyperformer": Method(fill_hyperformer,
-                          dict(reduction=8, task_dim=512, hidden_dim=128, projected_dim=8, efficient=False),
-                          ("visual", "norms"), 1e-3, 3e-4),
-    "compacter": Method(fill_compacters, dict(reduction=8, factors=2, shared_rule=False, rank=None),
-                        ("visual", "norms"), 1e-3, 3e-4, ANY),
-    "lowrank": Method(fill_low_rank, dict(reduction=8, rank=1), ("visual", "norms"), 1e-3, 3e-4, ANY),
-    "prompt": Method(fill_prompt, dict(length=40, mid_dim=800), ("visual",), 1e-3, 3e-4, ("all", "none")),
-    "lora": Method(fill_lora, dict(rank=128, alpha=32, dropout=0.1, targets=("q", "v")),
-                   ("visual", "biases"), 1e-3, 3e-4, ("all", "none"), sizes_on=dict(t5=dict(rank=150))),
-    "bitfit": Method(fill_biases, {}, ("visual", "biases"), 1e-3, 3e-4),
-}
-
-TRAINS = {  # what a method trains besides what it puts in, by type and not by name
-    "all": lambda model: model.parameters(),
-    "visual": lambda model: model.visual.parameters() if hasattr(model, "visual") else (),
-    # T5's RMSNorms are none of these: they are frozen in the original too, and in the published numbers.
-    "norms": lambda model: (p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()),
-    "biases": lambda model: (m.bias for m in model.modules()
-                             if isinstance(m, (nn.Linear, nn.LayerNorm)) and m.bias is not None),
+    "full": Method(lambda sites: 0, {}, ("all",), lr=1e-4, lr_videos=3e-5),
+    "adapter": Method(
+        adapter, dict(reduction=8), lr_per_task=3e-4, sharings=SHARINGS,
+        sizes_on=dict(t5=dict(reduction=4))),
+    "hyperformer": Method(
+        hyperformer,
+        dict(reduction=8, task_dim=512, hidden_dim=128, projected_dim=8, efficient=False)),
+    "compacter": Method(
+        compacter, dict(reduction=8, n=2, shared_phm_rule=False, rank=None), sharings=SHARINGS),
+    "lowrank": Method(lowrank, dict(reduction=8, rank=1), sharings=SHARINGS),
+    "prompt": Method(
+        prompt, dict(length=40, mid_dim=800), ("new",), sharings=("single", "multiple")),
+    "lora": Method(
+        lora, dict(rank=128, alpha=32, dropout=0.1, targets=("q", "v")), ("new", "biases"),
+        sharings=("single", "multiple"), sizes_on=dict(t5=dict(rank=150))),
+    "bitfit": Method(bitfit, {}, ("new", "biases")),
 }
 
 
-def install(model: nn.Module, method: str, d_model: int, tasks: Iterable[str], share: str = "all",
-            sites: Iterable[str] | None = None, trains: Iterable[str] | None = None, backbone: str = "bart",
-            **sizes) -> int:
-    """Freezes the model, fills its places and returns how many it filled. New weights are drawn from torch's generator.
+# original: trainer_base.py#L289
+def new_weights(model):
+    for name in getattr(model, "new_parts", ()):
+        yield from model.get_submodule(name).parameters()
 
-    method is a row of METHODS, or several joined by "+" ("adapter+prompt"); tasks are the names `select` will be given;
-    share is all, half or none; sites restrict the places ("ffn", "encoder", "decoder.cross_attn"; see `places`);
-    trains replaces what else is trained (keys of TRAINS); sizes replace those of the method's row for the backbone.
-    Raises ValueError for names that are not known and when no place was found.
+
+# original: trainer_base.py#L354
+def norms(model):
+    """Not T5's RMSNorms: frozen in the authors' code and the published numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            yield from module.parameters()
+
+
+# original: trainer_base.py#L318
+def biases(model):
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+            yield module.bias
+
+
+TRAINS = {"all": nn.Module.parameters, "new": new_weights, "norms": norms, "biases": biases}
+
+
+def install(model: nn.Module, method: str, d_model: int, tasks: Iterable[str],
+            sharing: str = "single", sites: Iterable[str] | None = None,
+            trains: Iterable[str] | None = None, backbone: str = "bart", **sizes) -> int:
+    """Freezes the model, fills its sites and returns how many it filled.
+
+    method   a row of METHODS, or several joined by "+": "adapter+prompt"
+    tasks    names for `select`
+    sharing  one of SHARINGS
+    sites    words of their names: "ffn", "encoder", "decoder.cross_attn"; None: all
+    trains   keys of TRAINS, instead of the method's
+    sizes    instead of the method's on this backbone, bart or t5
+
+    New weights take device and dtype of the model's first.
+    AdapterError: something is unknown or of no use, or there is no empty site.
     """
-    known(method.split("+"), METHODS, "method")
-    known([backbone], BACKBONES, "backbone")
-    rows, filled = {name: METHODS[name] for name in method.split("+")}, 0
-    for name, row in rows.items():
-        known([share], row.shares, f"share of {name}")
-    known(sizes, list(dict.fromkeys(size for row in rows.values() for size in row.sizes)), f"size of {method}")
-    if trains is None:
-        trains = dict.fromkeys(part for row in rows.values() for part in row.trains)
-    trains = list(trains)
+    names = method.split("+")
+    known(names, METHODS, "method")
+    known([backbone], ("bart", "t5"), "backbone")
+    for name in names:
+        known([sharing], METHODS[name].sharings, f"sharing of {name}")
+    rows = [METHODS[name] for name in names]
+    defaults = [row.sizes | row.sizes_on.get(backbone, {}) for row in rows]
+    known(sizes, dict.fromkeys(name for own in defaults for name in own), f"size of {method}")
+    for own in defaults:
+        for name in own.keys() & sizes:
+            check_size(name, sizes[name], own[name])
+    trains = [part for row in rows for part in row.trains] if trains is None else list(trains)
     known(trains, TRAINS, "part to train")
-    tasks, sites = list(tasks), None if sites is None else list(sites)
-    device, training = next(model.parameters()).device, model.training
-    model.requires_grad_(False)
-    for name, row in rows.items():
-        if row.fill is not None:
-            own = row.sizes | row.sizes_on.get(backbone, {})
-            count = row.fill(model, d_model, tasks, share, sites, **{k: sizes.get(k, v) for k, v in own.items()})
-            if count == 0:
-                raise ValueError(f"the model has no place for {name}")
-            filled += count
+
+    old = set(model.parameters())
+    first = next(model.parameters())
+    sites = Sites(model, d_model, list(tasks), sharing, None if sites is None else list(sites))
+    filled = 0
+    for row, own in zip(rows, defaults):
+        filled += row.fill(sites, **{name: sizes.get(name, own[name]) for name in own})
+    for weight in model.parameters():
+        if weight in old:
+            weight.requires_grad_(False)
+        else:  # new
+            weight.data = weight.data.to(first)
     for part in trains:
-        for parameter in TRAINS[part](model):
-            parameter.requires_grad_(True)
-    model.to(device).train(training)
+        for weight in TRAINS[part](model):
+            weight.requires_grad_(True)
+    model.train(model.training)  # new modules take the model's mode
     return filled
 
 
-def known(names: Iterable[str], allowed: Iterable[str], what: str):
+def known(names, allowed, what):
     for name in names:
         if name not in allowed:
-            raise ValueError(f"unknown {what}: {name!r}; known are {', '.join(map(str, allowed)) or 'none'}")
+            allowed = ", ".join(allowed) or "none"
+            raise AdapterError(f"unknown {what}: {name!r}; known are {allowed}")
+
+
+def check_size(name, size, default):
+    if name == "targets":
+        useful = isinstance(size, (list, tuple))
+    elif name in ("alpha", "dropout"):
+        useful = type(size) in (int, float) and 0 <= size < dict(alpha=math.inf, dropout=1)[name]
+    elif isinstance(default, bool):
+        useful = isinstance(size, bool)
+    else:
+        useful = type(size) is int and size > 0
+    if not useful and size != default:
+        like = 1 if default is None else default
+        raise AdapterError(f"the size {name} is {size!r}, expected one like {like!r}")
 
 
 def select(model: nn.Module, task: str):
-    """Points every per-task module at its copy for `task`. Raises ValueError for a task it was not installed with."""
-    per_task = [module for module in model.modules() if isinstance(module, PerTask)]
-    for module in per_task:
+    """Makes every PerTask run its copy for `task`. AdapterError: it is unknown."""
+    modules = [module for module in model.modules() if isinstance(module, PerTask)]
+    for module in modules:
         known([task], module.copies, "task")
-    for module in model.modules():
-        if isinstance(module, LoRALinear) and module.unmerged is not None and isinstance(module.update, PerTask):
-            if module.update.chosen is not module.update.copies[task]:
-                raise ValueError("unmerge the model before selecting another task")
-    for module in per_task:
-        point(module, "chosen", module.copies[task])
+    for module in modules:
+        refer(module, "chosen", module.copies[task])
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by name, each weight once. It is also what is saved."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """What is trained, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype = torch.bfloat16):
+    """Frozen Linears and word embeddings in autocast's precision: no cast at every step."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or name.split(".")[-1] == "embed_tokens":
+            for weight in module.parameters(recurse=False):
+                if not weight.requires_grad:
+                    weight.data = weight.data.to(dtype)
 
 
 def merge(model: nn.Module):
-    """Folds LoRA's updates into the weights they belong to (per task: the selected ones), for inference at no cost."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoRALinear) and module.unmerged is None:
-                update = module.update.chosen if isinstance(module.update, PerTask) else module.update
-                if update is unchosen:
-                    unchosen()
-                module.unmerged = module.weight.clone()
-                module.weight += module.scale * update.b @ update.a
+    """Makes LoRA's Linears plain, with the selected task's update, for good."""
+    swap(model, LoRALinear, LoRALinear.merged)
 
 
-def unmerge(model: nn.Module):
-    """Takes LoRA's updates out again: the weights are those before `merge`, bit by bit."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoRALinear) and module.unmerged is not None:
-                module.weight.copy_(module.unmerged)
-                module.unmerged = None
+# ---- files ----
 
 
-# ---- python adapters.py -------------------------------------------------------------------------------------------
+def saved_weights(model):
+    """What is trained, and the frozen model.new_rows, as views."""
+    weights = {name: weight.detach() for name, weight in trainable(model).items()}
+    for name, n in getattr(model, "new_rows", {}).items():
+        if name not in weights:
+            weights[f"{name}[-{n}:]"] = model.get_parameter(name).detach()[-n:]
+    return weights
 
 
-BASE = {  # what a skeleton needs to know of bart-base and t5-base
-    "bart": dict(layers=6, words=50465, positions=(1026, 768), norm=nn.LayerNorm, bias=True, prenorm=False),
-    "t5": dict(layers=12, words=32200, positions=(32, 12), norm=nn.RMSNorm, bias=False, prenorm=True),
-}
+def save(model: nn.Module, path: str | Path, **others):
+    """Writes {"weights": {name: tensor}, **others}; others are tensors, numbers, text, containers.
+
+    At any time the file is whole. AdapterError: it cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    # Of a slice torch.save would write the whole table.
+    weights = {name: weight.clone() for name, weight in saved_weights(model).items()}
+    try:
+        with open(part, "wb") as file:
+            torch.save(others | {"weights": weights}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as problem:
+        raise AdapterError(f"{path} cannot be written: {problem}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def skeleton(feature_dim: int, layers: int, words: int, positions: tuple[int, int], norm: Callable, bias: bool,
-             prenorm: bool, d_model=768, d_ff=3072) -> nn.Module:
-    """The weights and places of VL-BART or VL-T5 on the meta device: names and shapes, no values, enough to count."""
-    def tree(**parts):
-        module = nn.Module()
-        for name, part in parts.items():
-            module.add_module(name, part)
-        return module
+def load(model: nn.Module, path: str | Path) -> dict:
+    """Reads what `save` wrote from a model with the same method; returns the `others`.
 
-    def sublayer(inner):
-        return tree(inner=inner, adapter=nn.Identity(), norm=norm(d_model))
+    Nothing in the file is run, nothing is copied before all fits. AdapterError names the file and
+    the weight that does not fit.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing") from None
+    except Exception as problem:
+        reason = " ".join(str(problem).split())[:120]
+        raise AdapterError(f"{path} is truncated or not a file of weights: {reason}") from None
+    weights = state.pop("weights", None) if isinstance(state, dict) else None
+    if not isinstance(weights, dict):
+        raise AdapterError(f"{path} is not a file of weights: it has no entry 'weights'")
 
-    def layer(cross):
-        attention = lambda: sublayer(tree(**{x: nn.Linear(d_model, d_model, bias) for x in ("q", "k", "v", "out")}))
-        ffn = sublayer(tree(up=nn.Linear(d_model, d_ff, bias), down=nn.Linear(d_ff, d_model, bias)))
-        return tree(self_attn=attention(), cross_attn=attention() if cross else None, ffn=ffn)
+    ours = saved_weights(model)
+    for name in ours | weights:
+        saved = weights.get(name)
+        if name not in weights:
+            problem = "is missing"
+        elif name not in ours:
+            problem = "is not one this model would save"
+        elif (not isinstance(saved, torch.Tensor) or not saved.is_floating_point()
+              or saved.layout != torch.strided or saved.is_meta):
+            problem = "is not a tensor of floating-point numbers"
+        elif saved.shape != ours[name].shape:
+            problem = f"has the shape {list(saved.shape)}, expected {list(ours[name].shape)}"
+        elif not saved.to(ours[name].dtype).isfinite().all():
+            problem = "has numbers that are not finite"
+        else:
+            continue
+        raise AdapterError(f"{path}: the weight {name!r} {problem}")
+    for name, weight in ours.items():
+        weight.copy_(weights[name])
+    return state
 
-    def stack(cross):
-        return tree(positions=nn.Embedding(*positions), prompt=nn.Identity(),
-                    **{"final_norm" if prenorm else "embed_norm": norm(d_model)},
-                    layers=nn.ModuleList(layer(cross) for _ in range(layers)))
 
-    with torch.device("meta"):
-        visual = tree(feature=nn.Linear(feature_dim, d_model), feature_norm=norm(d_model),
-                      box=nn.Linear(5, d_model), box_norm=norm(d_model), picture=nn.Embedding(2, d_model))
-        model = tree(words=nn.Embedding(words, d_model), visual=visual, encoder=stack(False), decoder=stack(True))
-        model.register_buffer("logits_bias", torch.zeros(words))
-    return model
+# ---- models of others ----
 
 
-PUBLISHED = [  # backbone, inputs, method, share, sizes, published per cent of all weights: tables 1 and 2 of the paper,
-    # BART's BitFit from VL-PET, T5 from LST; None: the original's script, not published
-    ("bart", "pictures", "full", "all", {}, 100), ("bart", "pictures", "adapter", "all", {}, 4.18),
-    ("bart", "pictures", "adapter", "half", {}, 8.36), ("bart", "pictures", "adapter", "none", {}, 12.22),
-    ("bart", "pictures", "hyperformer", "all", {}, 5.79), ("bart", "pictures", "compacter", "all", {}, 2.70),
-    ("bart", "pictures", "compacter", "none", {}, 7.05), ("bart", "pictures", "lora", "all", {}, 5.93),
-    ("bart", "pictures", "lora", "none", {}, 17.72), ("bart", "pictures", "prompt", "all", {}, 2.00),
-    ("bart", "pictures", "prompt", "none", {}, 4.53), ("bart", "pictures", "bitfit", "all", {}, 1.21),
-    ("bart", "videos", "adapter", "all", {}, 3.39), ("bart", "videos", "lora", "all", {}, 5.17),
-    ("t5", "pictures", "full", "all", {}, 100), ("t5", "pictures", "adapter", "all", {}, 7.98),
-    ("t5", "pictures", "adapter", "all", dict(reduction=8), None),
-    ("t5", "pictures", "adapter", "half", dict(reduction=8), None),
-    ("t5", "pictures", "adapter", "none", dict(reduction=8), None), ("t5", "pictures", "hyperformer", "all", {}, None),
-    ("t5", "pictures", "compacter", "all", {}, None), ("t5", "pictures", "compacter", "none", {}, None),
-    ("t5", "pictures", "lora", "all", {}, 7.54), ("t5", "pictures", "prompt", "all", {}, 1.26),
-    ("t5", "pictures", "bitfit", "all", {}, 0.83),
+class Site(nn.Module):
+    """Hands `hidden` on, until a method puts another module here."""
+
+    def forward(self, hidden, x):
+        return hidden
+
+
+class AdaptedLinear(SameLinear):
+    """The last Linear of a sub-layer, with a site behind it."""
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.adapter = Site()
+
+    def forward(self, x):
+        return self.adapter(super().forward(x), x)
+
+
+def offer_sites(model: nn.Module, *names: str) -> int:
+    """Puts a site behind every nn.Linear of these names, and returns how many.
+
+    x is the Linear's input, not its sub-layer's; no method here looks at it. Subclasses are left
+    alone: PyTorch's attention reads their weights without a call, past the site. So does
+    nn.TransformerEncoderLayer in evaluation, until torch.backends.mha.set_fastpath_enabled(False).
+    AdapterError: unknown name.
+    """
+    offered = 0
+    for name in names:
+        parents = [m for m in model.modules() if type(m._modules.get(name)) is nn.Linear]
+        if not parents:
+            raise AdapterError(f"no nn.Linear of the model is called {name!r}")
+        for parent in parents:
+            setattr(parent, name, AdaptedLinear(getattr(parent, name)))
+        offered += len(parents)
+    return offered
+
+
+# ---- python adapters.py ----
+
+
+# Per cent of all weights. BART: tables 1 and 2, BitFit VL-PET's; T5: LST. None: not published.
+PUBLISHED = [
+    ("bart", "pictures", {}, {
+        "full": 100, "adapter": 4.18, "adapter half": 8.36, "adapter multiple": 12.22,
+        "hyperformer": 5.79, "compacter": 2.70, "compacter multiple": 7.05, "lora": 5.93,
+        "lora multiple": 17.72, "prompt": 2.00, "prompt multiple": 4.53, "bitfit": 1.21}),
+    ("bart", "videos", {}, {"adapter": 3.39, "lora": 5.17}),
+    ("t5", "pictures", {}, {
+        "full": 100, "adapter": 7.98, "hyperformer": None, "compacter": None,
+        "compacter multiple": None, "lora": 7.54, "prompt": 1.26, "bitfit": 0.83}),
+    ("t5", "pictures", {"reduction": 8}, {
+        "adapter": None, "adapter half": None, "adapter multiple": None}),
 ]
 
 
-def share_trained(backbone: str, inputs: str, method: str, share: str, **sizes) -> tuple[int, int]:
-    """Trained and all weights with four tasks; inputs are pictures (RN101) or videos (ViT-B/32)."""
-    model = skeleton({"pictures": 2048, "videos": 512}[inputs], **BASE[backbone])
+def percent_trained(backbone: str, inputs: str, method: str, sharing: str = "single",
+                    **sizes) -> tuple[int, int]:
+    """(trained, total) weights with four tasks; inputs: pictures (RN101) or videos (ViT-B/32)."""
+    from model import VLModel, bart, t5
+
+    feature_dim = {"pictures": 2048, "videos": 512}[inputs]
+    if backbone == "bart":
+        hf = dict(vocab_size=50265, d_model=768, encoder_attention_heads=12, encoder_ffn_dim=3072,
+                  encoder_layers=6, decoder_layers=6, max_position_embeddings=1024)
+        config = bart(hf, feature_dim, 50465)
+    else:
+        hf = dict(vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12,
+                  relative_attention_num_buckets=32)
+        config = t5(hf, feature_dim, 32200)
     with torch.device("meta"):
-        install(model, method, 768, ["a", "b", "c", "d"], share, backbone=backbone, **sizes)
-    return sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
+        model = VLModel(config)
+        install(model, method, 768, "abcd", sharing, backbone=backbone, **sizes)
+    trained = sum(weight.numel() for weight in trainable(model).values())
+    return trained, sum(weight.numel() for weight in model.parameters())
 
 
 def main():
-    print(f"{'':<6}{'inputs':<10}{'method':<13}{'share':<7}{'trained':>12}{'of all':>13}{'per cent':>10}{'paper':>8}")
-    for backbone, inputs, method, share, sizes, published in PUBLISHED:
-        trained, total = share_trained(backbone, inputs, method, share, **sizes)
-        paper = "-" if published is None else f"{published:.2f}"
-        print(f"{backbone:<6}{inputs:<10}{method:<13}{share:<7}{trained:>12,}{total:>13,}{100 * trained / total:>10.2f}"
-              f"{paper:>8}", *(f" {name}={size}" for name, size in sizes.items()))
+    line = "{:<6}{:<10}{:<13}{:<10}{:>12}{:>13}{:>10}{:>8}"
+    print(line.format("", "inputs", "method", "sharing", "trained", "of all", "per cent", "paper"))
+    for backbone, inputs, sizes, rows in PUBLISHED:
+        for row, published in rows.items():
+            method, sharing = row.split() if " " in row else (row, "single")
+            trained, total = percent_trained(backbone, inputs, method, sharing, **sizes)
+            paper = "-" if published is None else f"{published:.2f}"
+            print(line.format(backbone, inputs, method, sharing, f"{trained:,}", f"{total:,}",
+                              f"{100 * trained / total:.2f}", paper),
+                  *(f" {name}={size}" for name, size in sizes.items()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Peers are what users of other packages would run, as far as these are installed 
 adapters): transformers' BART trained whole, with peft's LoRA, with the adapters library's bottlenecks at all 30 places.
 All take turns in one process, A B C A B C, after a warm-up. They have random weights, one batch, the same visual tokens
 and mask and dropout 0.1, and train the same parts: beside what is put in the visual embedding, with bottlenecks the
-norms, with LoRA the biases. bf16 is autocast. Peers lack our embeddings of box, place and picture.
+norms, with LoRA the biases. bf16 is autocast. Peers lack our embeddings of box, object order and image order.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from adapters import METHODS, install, select
-from data import Corpus, Example, FeatureStore
-from evaluate import Eye, keep_in_bf16, pick_device
-from model import FAMILIES, CLIPResNet, Model, generate
-from train import CLIP, DECAY
+from adapters import METHODS, cast_frozen, install, select
+from data import Corpus, Example, FeatureStore, from_clip
+from evaluate import pick_device
+from model import FAMILIES, CLIPResNet, VLModel
+from train import MAX_NORM, adamw
 
 # A peer has the name of our adapters.py: ours gets another one, and its folder is not searched for packages any more.
 sys.modules["our_adapters"] = sys.modules.pop("adapters")
@@ -63,16 +63,16 @@ def precision(args):
 def stepper(model: nn.Module, loss: Callable[[dict], torch.Tensor], args) -> Callable[[dict], None]:
     """The training step of train.py, of the parts of a model that are trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": DECAY},
-              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, eps=1e-6, fused=True)
+    optimizer = adamw(parameters)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
 
     def step(batch):
         torch.manual_seed(0)                            # in train.py dropout is a function of the step
         with precision(args):
             value = loss(batch)
         value.backward()
-        clip_grad_norm_(parameters, CLIP)
+        clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -82,11 +82,11 @@ def stepper(model: nn.Module, loss: Callable[[dict], torch.Tensor], args) -> Cal
 def ours(method: str, args) -> tuple[nn.Module, Callable, Callable]:
     """A model, its step on a batch as train.py makes it, and its answer to a batch as evaluate.py asks it."""
     preset, _ = FAMILIES[args.backbone]
-    model = Model(preset(args.config, CHANNELS, args.config["vocab_size"]))
+    model = VLModel(preset(args.config, CHANNELS))
     install(model, method, model.config.d_model, ["vqa"], backbone=args.backbone)
     model.to(args.device).train()
     if args.dtype == "bf16":
-        keep_in_bf16(model)
+        cast_frozen(model)
     loss_of = torch.compile(model.loss) if args.compile else model.loss
     decode = torch.compile(model.decode, dynamic=True) if args.compile else None
 
@@ -97,7 +97,7 @@ def ours(method: str, args) -> tuple[nn.Module, Callable, Callable]:
     def answer(batch):
         select(model, "vqa")
         with precision(args):
-            return generate(model, batch["ids"], batch["features"], BEAMS, 1 + NEW, decode)
+            return model.answer(batch["ids"], batch["features"], BEAMS, max_length=1 + NEW, decode=decode)
 
     return model, stepper(model, loss, args), answer
 
@@ -186,7 +186,8 @@ def make_batch(args) -> dict[str, torch.Tensor]:
     features = torch.from_numpy(lot.standard_normal((size, 1, VISUAL, CHANNELS), np.float32)).half()
     ids, labels = torch.from_numpy(ids), torch.from_numpy(labels)
     batch = dict(ids=ids, features=features, labels=labels, weights=torch.ones(size),
-                 ids_at=(ids != PAD).flatten().nonzero()[:, 0], labels_at=(labels != -100).flatten().nonzero()[:, 0])
+                 text_indices=(ids != PAD).flatten().nonzero()[:, 0],
+                 label_indices=(labels != -100).flatten().nonzero()[:, 0])
     return {name: x.to(args.device) for name, x in batch.items()}
 
 
@@ -273,7 +274,7 @@ def generate_table(args):
 
 
 def pictures_table(args):
-    if (args.dtype == "bf16") != args.cuda:             # what `Eye` makes of them, in either case
+    if (args.dtype == "bf16") != args.cuda:             # CLIP runs in half precision on CUDA only
         return
     layers, width, output = ((1, 1, 1, 1), 8, 32) if args.tiny else ((3, 4, 23, 3), 64, 512)
     count = 2 if args.tiny else 256 if args.cuda else 8
@@ -281,8 +282,8 @@ def pictures_table(args):
     with TemporaryDirectory() as folder:
         weights = CLIPResNet(layers, width, 7, output).state_dict()
         torch.save({f"visual.{name}": x for name, x in weights.items()}, Path(folder, "RN101.pt"))
-        eye = Eye({"weights": folder, "vision": "RN101"}, args.device)
-    times = take_turns("encoding", {"ours": lambda: eye.encode(pictures, False)}, args)
+        features = from_clip(Path(folder, "RN101.pt"), "", False, args.device)
+    times = take_turns("encoding", {"ours": lambda: features.encode(pictures)}, args)
     print_times(f"pictures through RN101, {args.dtype}, {count} at once", times, count)
 
 

@@ -1,11 +1,16 @@
 """evaluate.py: scores are the official ones, and its commands say what they should."""
 
+import argparse
+import ast
+import doctest
 import json
 import random
 import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,117 +18,167 @@ import pytest
 
 import evaluate
 import train
-from data import Example, read_examples, report_problems
-from evaluate import (PROBLEMS, bleu, blind_answers, cider, ptb_words, rouge_l, score_captions, score_choices, score_gqa,
+from data import TASKS, Example, read_examples, report_problems
+from evaluate import (METRICS, PROBLEMS, Run, RunError, bleu, blind_answers, card, cider,
+                      read_predictions, rouge_l, score_captions, score_choices, score_gqa,
                       score_nlvr, score_vqa, shuffle_pictures, vqa_accuracy)
+from tokenizer import load_tokenizer, ptb_words, vqa_normal_form
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = json.loads((FOLDER / "golden_vqa.json").read_text())
-TOKENS = [json.loads(line) for line in (FOLDER / "golden_ptb.jsonl").read_text(encoding="utf-8").splitlines()]
 SCORES = json.loads((FOLDER / "golden_caption.json").read_text(encoding="utf-8"))
+
+
+def example(number, truth: dict, kind: str = "", answers: dict | None = None) -> Example:
+    return Example(id=number, pictures=(), text="", answers=answers or {}, kind=kind, truth=truth)
+
+
+def test_the_examples_in_docstrings_are_true():
+    result = doctest.testmod(evaluate)
+    assert result.attempted > 0 and result.failed == 0
+
+
+# ---- questions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", GOLDEN["acc"], ids=lambda case: repr(case["pred"]))
 def test_vqa_accuracy_is_the_official_one(case):
-    assert round(vqa_accuracy(case["pred"], case["gt"]), 2) == case["acc"]
+    assert round(vqa_accuracy(case["pred"], case["gt"], vqa_normal_form), 2) == case["acc"]
 
 
 def test_vqa_scores_by_type_of_answer():
-    asked = [Example(1, (), "", {}, "", {"answers": ["2"] * 10, "type": "number"}),
-             Example(2, (), "", {}, "", {"answers": ["yes"] * 7 + ["no"] * 3, "type": "yes/no"})]
-    scores = score_vqa(asked, ["2", "no"])
-    assert {name: round(value, 6) for name, value in scores.items()} == {"accuracy": 95, "number": 100, "yes/no": 90}
+    asked = [example(1, {"answers": ["2"] * 10, "type": "number"}),
+             example(2, {"answers": ["yes"] * 7 + ["no"] * 3, "type": "yes/no"})]
+    scores = {name: round(value, 6) for name, value in score_vqa(asked, ["2", "no"]).items()}
+    assert scores == {"accuracy": 95, "number": 100, "yes/no": 90}
 
 
 def test_gqa_scores_open_and_binary_questions():
-    asked = [Example(i, (), "", {}, "", {"answer": a, "structural": s}) for i, (a, s) in enumerate(
-        [("cat", "query"), ("dog", "query"), ("yes", "verify"), ("no", "logical"), ("left", "choose")])]
+    truths = [("cat", "query"), ("dog", "query"), ("yes", "verify"), ("no", "logical"),
+              ("left", "choose")]
+    asked = [example(i, {"answer": answer, "structural": kind})
+             for i, (answer, kind) in enumerate(truths)]
     scores = score_gqa(asked, ["cat", "Dog", "yes", "yes", "left"])
     assert scores == {"accuracy": 60, "binary": pytest.approx(200 / 3), "open": 50}
 
 
+def test_gqa_consistency_is_the_mean_over_right_answers_of_what_they_entail():
+    def question(number, answer, balanced, *entailed):
+        return example(number, {"answer": answer, "structural": "query", "balanced": balanced,
+                                "entailed": entailed})
+
+    asked = [question("1", "cat", True, "1", "3", "4"), question("2", "dog", True, "3"),
+             question("3", "yes", False), question("4", "no", False), question("5", "red", True)]
+    scores = score_gqa(asked, ["cat", "cow", "yes", "yes", "red"])
+    two_thirds = pytest.approx(200 / 3)
+    assert scores == {"accuracy": two_thirds, "open": two_thirds, "consistency": 50}
+
+
+def test_nlvr2_consistency_is_a_naive_count():
+    rng = random.Random(0)
+    asked = [example(f"dev-{s}-{pair}-{n}", {"answer": rng.choice(["true", "false"])})
+             for s in range(60) for pair in range(rng.randint(1, 4)) for n in range(2)]
+    said = [e.truth["answer"] if rng.random() < 0.8 else "x" for e in asked]
+    statements = [(e.id.split("-")[1], e.id.split("-")[3]) for e in asked]
+    right = [p == e.truth["answer"] for e, p in zip(asked, said)]
+    wrong = {statement for statement, good in zip(statements, right) if not good}
+    scores = score_nlvr(asked, said)
+    assert scores["consistency"] == pytest.approx(100 * (1 - len(wrong) / len(set(statements))))
+    assert scores["accuracy"] == pytest.approx(100 * np.mean(right))
+
+
+def test_choices_are_scored_per_show():
+    asked = [example(i, {"answer": "a2", "show": show})
+             for i, show in enumerate(["House", "House", "Castle"])]
+    scores = score_choices(asked, ["a2", "a1", "a2"])
+    assert scores == {"accuracy": pytest.approx(200 / 3), "Castle": 100, "House": 50}
+
+
 def test_blind_answers_are_the_commonest_of_their_kind():
-    seen = [Example(0, (), "", {"red": 1.0}, "color")] * 3 + [Example(0, (), "", {"blue": 0.3, "red": 0.9}, "color"),
-            Example(0, (), "", {"2": 1.0}, "count"), Example(0, (), "", {}, "empty")]
-    asked = [Example(0, (), "", {}, kind) for kind in ("color", "count", "never seen", "empty")]
+    seen = [example(0, {}, "color", {"red": 1.0})] * 3
+    seen += [example(0, {}, "color", {"blue": 0.3, "red": 0.9}),
+             example(0, {}, "count", {"2": 1.0}), example(0, {}, "empty", {})]
+    asked = [example(0, {}, kind) for kind in ("color", "count", "never seen", "empty")]
     assert blind_answers(seen, asked) == ["red", "2", "red", "red"]
 
 
 def test_shuffling_gives_every_question_another_row():
     class Some:
         rows = np.arange(50)[:, None]
+
         def __len__(self):
             return 50
+
     corpus = Some()
     shuffle_pictures(corpus)
-    assert (corpus.rows[:, 0] != np.arange(50)).all() and set(corpus.rows[:, 0]) == set(range(50))
+    assert (corpus.rows[:, 0] != np.arange(50)).all()
+    assert set(corpus.rows[:, 0]) == set(range(50))
 
 
-def test_gqa_consistency_is_the_mean_over_right_answers_of_what_they_entail():
-    def question(number, answer, balanced, *entailed):
-        return Example(number, (), "", {}, "", {"answer": answer, "structural": "query", "balanced": balanced, "entailed": entailed})
-    asked = [question("1", "cat", True, "1", "3", "4"), question("2", "dog", True, "3"), question("3", "yes", False),
-             question("4", "no", False), question("5", "red", True)]
-    scores = score_gqa(asked, ["cat", "cow", "yes", "yes", "red"])
-    assert scores == {"accuracy": pytest.approx(200 / 3), "open": pytest.approx(200 / 3), "consistency": 50}
+# ---- captions, against pycocoevalcap -----------------------------------------------------------
 
 
-def test_nlvr2_consistency_is_a_naive_count():
-    rng = random.Random(0)
-    asked = [Example(f"dev-{s}-{pair}-{n}", (), "", {}, "", {"answer": rng.choice(["true", "false"])})
-             for s in range(60) for pair in range(rng.randint(1, 4)) for n in range(2)]
-    said = [e.truth["answer"] if rng.random() < 0.8 else "x" for e in asked]
-    wrong = {(e.id.split("-")[1], e.id.split("-")[3]) for e, p in zip(asked, said) if p != e.truth["answer"]}
-    groups = {(e.id.split("-")[1], e.id.split("-")[3]) for e in asked}
-    scores = score_nlvr(asked, said)
-    assert scores["consistency"] == pytest.approx(100 * (1 - len(wrong) / len(groups)))
-    assert scores["accuracy"] == pytest.approx(100 * np.mean([p == e.truth["answer"] for e, p in zip(asked, said)]))
-
-
-def test_choices_are_scored_per_show():
-    asked = [Example(i, (), "", {}, "", {"answer": "a2", "show": show}) for i, show in enumerate(["House", "House", "Castle"])]
-    assert score_choices(asked, ["a2", "a1", "a2"]) == {"accuracy": pytest.approx(200 / 3), "Castle": 100, "House": 50}
-
-
-# ---- captions, against pycocoevalcap ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", TOKENS, ids=lambda case: repr(case["in"]))
-def test_words_are_those_of_stanfords_tokenizer(case):
-    assert ptb_words(case["in"]) == case["out"]
-
-
-@pytest.mark.parametrize("text, words", [
-    ("Foreman's here, isn't he? We cannot go.", "foreman 's here is n't he we can not go"),
-    ("“Don’t,” he said ‘now’.", "do n't he said now"),
-    ("DON'T WALK, IT'S RED!", "do n't walk it 's red"),
-    ("Dr. J. Smith vs. the U.S. team, etc.", "dr. j. smith vs. the u.s. team etc."),
-    ("Add 1 1/2 cups (350°F) for $2.50.", "add 1\xa01/2 cups -lrb- 350 ° f -rrb- for $ 2.50"),
-    ("Bake no. 5, say no. Then 9 a.m. comes", "bake no. 5 say no then 9 a.m. comes"),
-    ("He is ill. In Ill. he is", "he is ill in ill. he is"),
-    ("a 5-6 foot -- 7.5-foot - well-lit", "a 5-6 foot 7.5-foot well-lit"),
-    ("the “café” costs 5 😀", "the café costs 5"),
-])
-def test_words_where_captions_are_odd(text, words):
-    """What Stanford's tokenizer said of each."""
-    assert ptb_words(text) == words
-
-
-@pytest.mark.parametrize("system", "AB")
-def test_scores_are_the_official_ones(system):
+def golden_captions(system: str) -> tuple[list[str], list[list[str]], list[float]]:
+    """Hypotheses and references in words; the official BLEU-1 to BLEU-4, ROUGE-L and CIDEr."""
     ids = sorted(SCORES["refs"])
     hypotheses = [ptb_words(SCORES[system]["hyp"][i]) for i in ids]
     references = [[ptb_words(text) for text in SCORES["refs"][i]] for i in ids]
     assert hypotheses == [SCORES[system]["tokenized"][i][0] for i in ids]
     assert references == [SCORES["refs_tokenized"][i] for i in ids]
     official = SCORES[system]["scores"]
-    assert bleu(hypotheses, references) == pytest.approx(official["Bleu"], abs=1e-12)
-    assert rouge_l(hypotheses, references) == pytest.approx(official["ROUGE_L"][0], abs=1e-12)
-    assert cider(hypotheses, references) == pytest.approx(official["CIDEr"][0], abs=1e-12)
+    return hypotheses, references, [*official["Bleu"], official["ROUGE_L"][0], official["CIDEr"][0]]
+
+
+@pytest.mark.parametrize("system", "AB")
+def test_scores_are_the_official_ones(system):
+    hypotheses, references, official = golden_captions(system)
+    ours = [*bleu(hypotheses, references), rouge_l(hypotheses, references),
+            cider(hypotheses, references)]
+    assert ours == pytest.approx(official, abs=1e-12)
+
+
+COPIED = """
+import json, sys
+asked = json.load(sys.stdin)
+forms = asked["forms"]
+accuracies = [vqa_accuracy(pred, answers, forms.__getitem__) for pred, answers in asked["vqa"]]
+captions = [[*bleu(*texts), rouge_l(*texts), cider(*texts)] for texts in asked["captions"]]
+json.dump([accuracies, captions, sorted(sys.modules)], sys.stdout)
+"""
+
+
+def test_the_metrics_run_on_their_own_when_they_are_copied(tmp_path):
+    """The fenced lines, the standard library's imports, and no project or site-packages to find."""
+    source = Path(evaluate.__file__).read_text(encoding="utf-8")
+    fence = r"# ---- metrics: strings in, numbers out; copy from here -+\n.*\n# ---- to here -+\n"
+    chapter, = re.findall(fence, source, re.DOTALL)
+    imports = []
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            if module.split(".")[0] in sys.stdlib_module_names:
+                imports.append(ast.unparse(node))
+    copied = tmp_path / "metrics.py"
+    copied.write_text("\n".join([*imports, chapter, COPIED]), encoding="utf-8")
+
+    texts = {text for case in GOLDEN["acc"] for text in (case["pred"], *case["gt"])}
+    golden = {system: golden_captions(system) for system in "AB"}
+    asked = {"forms": {text: vqa_normal_form(text) for text in texts},
+             "vqa": [(case["pred"], case["gt"]) for case in GOLDEN["acc"]],
+             "captions": [golden[system][:2] for system in "AB"]}
+    (tmp_path / "empty").mkdir()
+    said = subprocess.run([sys.executable, "-I", "-S", copied], input=json.dumps(asked), text=True,
+                          capture_output=True, check=True, cwd=tmp_path / "empty").stdout
+    accuracies, captions, modules = json.loads(said)
+    assert [round(value, 2) for value in accuracies] == [case["acc"] for case in GOLDEN["acc"]]
+    for system, scores in zip("AB", captions):
+        assert scores == pytest.approx(golden[system][2], abs=1e-12)
+    assert not {"torch", "numpy", "tokenizer", "data"} & set(modules)
 
 
 def test_perfect_captions_score_best():
-    said = ["a red bus drives down the street", "two men cut a large pizza", "an empty kitchen with a stove"]
+    said = ["a red bus drives down the street", "two men cut a large pizza",
+            "an empty kitchen with a stove"]
     assert bleu(said, [[text] for text in said]) == pytest.approx([1] * 4)
     assert rouge_l(said, [[text] for text in said]) == pytest.approx(1)
     assert cider(said, [[text] for text in said]) == pytest.approx(10)
@@ -141,38 +196,127 @@ def random_text(lot: random.Random, words: int) -> str:
 
 
 def test_random_corpora_score_as_in_the_official_code():
-    """Empty and equal hypotheses, empty references, single images and double spaces among them."""
+    """Empty and equal hypotheses, empty references, single images, double spaces among them."""
     Bleu = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu
     Rouge = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge
     Cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider
     for seed in range(500):
         lot = random.Random(seed)
-        references = [[random_text(lot, lot.randint(i == j == 0, 8)) for j in range(lot.randint(1, 4))]
-                      for i in range(lot.randint(1, 5))]
-        hypotheses = [lot.choice((random_text(lot, lot.randint(0, 8)), lot.choice(texts), "", "a dog runs"))
-                      for texts in references]
+        references = [[random_text(lot, lot.randint(i == j == 0, 8))
+                       for j in range(lot.randint(1, 4))] for i in range(lot.randint(1, 5))]
+        hypotheses = [lot.choice((random_text(lot, lot.randint(0, 8)), lot.choice(texts), "",
+                                  "a dog runs")) for texts in references]
         theirs = dict(enumerate(references)), {i: [text] for i, text in enumerate(hypotheses)}
-        official = Bleu(4).compute_score(*theirs, verbose=0)[0]
-        assert bleu(hypotheses, references) == pytest.approx(official, rel=1e-9, abs=1e-9)
-        assert rouge_l(hypotheses, references) == pytest.approx(Rouge().compute_score(*theirs)[0], rel=1e-9, abs=1e-9)
-        assert cider(hypotheses, references) == pytest.approx(Cider().compute_score(*theirs)[0], rel=1e-9, abs=1e-9)
+        official = [*Bleu(4).compute_score(*theirs, verbose=0)[0],
+                    Rouge().compute_score(*theirs)[0], Cider().compute_score(*theirs)[0]]
+        ours = [*bleu(hypotheses, references), rouge_l(hypotheses, references),
+                cider(hypotheses, references)]
+        assert ours == pytest.approx(official, rel=1e-9, abs=1e-9)
 
 
 def test_cider_of_one_picture_is_explained(capsys):
-    alone = [Example(1, (), "", {}, "", {"references": ["A red star.", "A star."]})]
+    alone = [example(1, {"references": ["A red star.", "A star."]})]
     evaluate.print_scores({"caption": score_captions(alone, ["A red star."])}, "test")
-    assert "0.00" in (said := capsys.readouterr().out) and "of one picture alone it is always 0" in said
+    said = capsys.readouterr().out
+    assert "0.00" in said and "of one picture alone it is always 0" in said
 
 
 def test_values_captions_have_a_space_for_what_is_not_ascii():
-    def moment(*texts):
-        return Example(1, (), "", {}, "", {"references": texts})
-    asked = [moment("a cafe here now", "x"), moment("two dogs run home")]
-    assert score_captions(asked, ["a caf\u00e9 here now", "two dogs run home"], True)["BLEU-1"] < 100
-    assert score_captions(asked, ["a\u00e9cafe here now", "two dogs run home"], True)["BLEU-1"] == pytest.approx(100)
+    asked = [example(1, {"references": ["a cafe here now", "x"]}),
+             example(2, {"references": ["two dogs run home"]})]
+
+    def bleu_1(first: str) -> float:
+        return score_captions(asked, [first, "two dogs run home"], ascii_only=True)["BLEU-1"]
+
+    assert bleu_1("a caf\u00e9 here now") < 100
+    assert bleu_1("a\u00e9cafe here now") == pytest.approx(100)
 
 
-# ---- the commands, on a run ---------------------------------------------------------------------------------------
+# ---- a run is its flags ------------------------------------------------------------------------
+
+COMPLETE = dict(data="datasets", weights="weights", backbone="bart-base", vision="RN101", epochs=20,
+                batch=500, lr=1e-3, bf16=False, compile=False)
+
+
+def test_the_flags_are_read_from_the_fields_of_a_run():
+    parser = argparse.ArgumentParser()
+    Run.add_flags(parser)
+    assert set(vars(parser.parse_args([])).values()) == {None}
+    words = ("--tasks nlvr,vqa --sizes reduction=4,shared_phm_rule=true --sites ffn,encoder "
+             "--lr 0.1 --batch 3 --no-prompts --bf16 --sharing half --allow-missing").split()
+    parsed = vars(parser.parse_args(words))
+    given = {name: value for name, value in parsed.items() if value is not None}
+    assert given == {"tasks": ["nlvr", "vqa"], "sizes": {"reduction": 4, "shared_phm_rule": True},
+                     "sites": ["ffn", "encoder"], "lr": 0.1, "batch": 3, "prompts": False,
+                     "bf16": True, "sharing": "half", "allow_missing": True}
+    help = " ".join(parser.format_help().split())
+    assert all(f"--{row.name.replace('_', '-')}" in help for row in fields(Run))
+    for wrong in ("--sizes=4", "--tasks=tennis", "--sharing=some", "--batch=x"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([wrong])
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path):
+    run = Run(tasks=["gqa"], sizes={"reduction": 4}, **COMPLETE)
+    config = {"flags": vars(run), "backbone_sha256": "b", "vision_sha256": "v"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Run.read(tmp_path) == run and Run().tasks is not Run().tasks
+    run.check_hashes(tmp_path, {"backbone_sha256": "b", "vision_sha256": "v"})
+    with pytest.raises(RunError, match="other weights than these: vision_sha256 differs"):
+        run.check_hashes(tmp_path, {"backbone_sha256": "b", "vision_sha256": "x"})
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"method": "magic"}, "unknown method: 'magic'; known are full, adapter"),
+    ({"method": "adapter+magic"}, "unknown method: 'magic'"),
+    ({"method": "lora", "sharing": "half"}, "lora has no --sharing half; it has single, multiple"),
+    ({"tasks": ["vqa", "tennis"]}, "expected some of vqa, gqa"),
+    ({"tasks": []}, "expected some of vqa, gqa"),
+    ({"tasks": ["vqa", "tvqa"]}, "see features of different kinds: train them apart"),
+    ({"batch": "12"}, "batch is '12', expected int"),
+    ({"epochs": None}, "epochs is None, expected int"),
+    ({"lr": float("nan")}, "--lr are positive numbers"),
+    ({"accumulate": 0}, "--batch, --accumulate, --epochs and --lr are positive numbers"),
+    ({"seed": -1}, "--seed is a number from 0 to 2147483647"),
+])
+def test_flags_that_make_no_run_are_told(change, message):
+    run = Run(**COMPLETE)
+    run.check()
+    Run().check(complete=False)
+    with pytest.raises(RunError, match=re.escape(message)):
+        replace(run, **change).check()
+
+
+# ---- predictions -------------------------------------------------------------------------------
+
+
+def test_anybodys_predictions_are_read_by_their_ids(tmp_path):
+    path = tmp_path / "theirs.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id": "a", "answer": "two"}\r\n\n{"answer": "one", "id": 7}\n')
+    assert read_predictions(path, "vqa") == {"7": "one", "a": "two"}
+    good = '{"id": 7, "answer": "x"}\n'
+    for bad in ("[1]", good, '{"id": 8}', '{"id": 8, "answer": 2}', '{"id": 8, "ans', "[" * 100_000,
+                "\udcff"):
+        path.write_bytes((good + bad).encode("utf-8", "surrogateescape"))
+        with pytest.raises(RunError, match="is no file of predictions for vqa: line 2 should be"):
+            read_predictions(path, "vqa")
+
+
+def test_a_card_is_coloured_by_half_of_the_points_and_shows_what_people_said():
+    people = {"answers": ["2"] + ["<3"] * 9}
+    row = {"question": "[Q] How many? [Choices] a0: 1. a1: 2.", "answer": "2", "truth": people}
+    page = card(row, [])
+    assert '<figure class="wrong">' in page, "nine people have one beside them who said so"
+    assert "truth: &lt;3 (9) / 2<" in page
+    assert "How many?<br>[Choices]<br>a0: 1.<br>a1: 2.<" in page
+    assert 'class="right"' in card(row | {"answer": "<3"}, [])
+    assert 'class="right"' in card(row | {"truth": {"answer": "2"}}, ["data:x"])
+    assert 'class=""' in card(row | {"truth": {"references": ["2"]}}, [])
+    assert "<figcaption><p>“a &lt;b”</p><b>" in card(row | {"subtitles": "a <b"}, [])
+    assert "<figcaption><b>" in page, "no subtitles, no line for them"
+
+
+# ---- the commands, on a run --------------------------------------------------------------------
 
 
 def command(module, monkeypatch, *words):
@@ -188,9 +332,10 @@ def command(module, monkeypatch, *words):
 def begin(tiny, folder, tasks):
     """A short run of one adapter per task."""
     with pytest.MonkeyPatch.context() as patch:
-        assert 0 == command(train, patch, "--method", "adapter", "--share", "none", "--data", tiny / "datasets", "--weights",
-                            tiny / "weights", "--backbone", "bart-mini", "--vision", "RN-mini", "--epochs", 1, "--batch", 16,
-                            "--tasks", tasks, "--out", folder)
+        words = ["--method", "adapter", "--sharing", "multiple", "--data", tiny / "datasets",
+                 "--weights", tiny / "weights", "--backbone", "bart-mini", "--vision", "RN-mini",
+                 "--epochs", 1, "--batch", 16, "--tasks", tasks, "--out", folder]
+        assert command(train, patch, *words) == 0
     return folder
 
 
@@ -204,123 +349,213 @@ def video_run(tiny, tmp_path_factory):
     return begin(tiny, tmp_path_factory.mktemp("runs") / "videos", "tvqa,how2qa,tvc,yc2c")
 
 
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_a_run_is_scored_predicted_and_shown(run, tiny, monkeypatch, capsys):
     assert command(evaluate, monkeypatch, run, "--split", "test") == 0
     said = capsys.readouterr().out
     assert all(part in said for part in ("vqa", "consistency", "BLEU-4", "ROUGE-L"))
-    asked = read_examples(tiny / "datasets", "gqa", "testdev_all")
-    answers = json.loads((run / "predictions_gqa_test.json").read_text())
-    assert [record["questionId"] for record in answers] == [e.id for e in asked]
-    assert all(isinstance(record["prediction"], str) for record in answers)
-    assert {type(record["question_id"]) for record in json.loads((run / "predictions_vqa_test.json").read_text())} == {int}
+    for task in ("vqa", "gqa", "nlvr", "caption"):
+        asked = read_examples(tiny / "datasets", task, TASKS[task].test)
+        rows = lines(run / f"predictions_{task}_test.jsonl")
+        assert all(set(row) == {"id", "question", "answer", "truth"} for row in rows)
+        assert [(row["id"], row["question"]) for row in rows] == [(e.id, e.text) for e in asked]
+        assert all(isinstance(row["answer"], str) for row in rows)
+        assert [row["truth"] for row in rows] == json.loads(json.dumps([e.truth for e in asked]))
+        if task == "nlvr":
+            assert {row["answer"] for row in rows} <= {"true", "false"}
     page = (run / "predictions.html").read_text()
-    assert page.count("<figure") == 24 + 48 + 6 + 6 and page.count("data:image/jpeg;base64,") == 24 + 48 + 2 * 6 + 6
+    assert page.count("<figure") == 24 + 48 + 6 + 6
+    assert page.count("data:image/jpeg;base64,") == 24 + 48 + 2 * 6 + 6
+    assert re.findall(r'<main class="(\w*)">', page) == ["", "", "wide", ""]
+    assert page.count('<figure class="right"') + page.count('<figure class="wrong"') == 24 + 48 + 6
 
 
-def test_a_run_on_videos_is_scored_and_shown_with_frames(video_run, monkeypatch, capsys):
+def test_a_run_on_videos_is_scored_and_shown_with_frames(video_run, tiny, monkeypatch, capsys):
     assert command(evaluate, monkeypatch, video_run) == 0
     said = capsys.readouterr().out
     assert all(part in said for part in ("tvqa", "Castle", "how2qa", "tvc", "yc2c"))
-    page = (video_run / "predictions.html").read_text()
-    assert page.count("<figure") == 3 * (3 + 3 + 1 + 1) and page.count("data:image/jpeg;base64,") > 2 * page.count("<figure")
+    page = (video_run / "predictions.html").read_text(encoding="utf-8")
+    assert page.count("<figure") == 3 * (3 + 3 + 1 + 1)
+    assert page.count("data:image/jpeg;base64,") > 2 * page.count("<figure")
+    assert page.count('<main class="wide">') == 4
+    spoken = 0
+    for task in ("tvqa", "how2qa", "tvc", "yc2c"):
+        asked = read_examples(tiny / "datasets", task, TASKS[task].validation)
+        rows = lines(video_run / f"predictions_{task}_validation.jsonl")
+        assert [row.get("subtitles", "") for row in rows] == [e.subtitles for e in asked]
+        assert all(row.get("subtitles") != "" for row in rows)
+        spoken += sum("subtitles" in row for row in rows)
+    assert page.count("<figcaption><p>“") == spoken > 0
 
 
 def test_predictions_of_a_run_are_scored_as_it_was(run, video_run, monkeypatch, capsys):
-    for folder, task, suffix in (run, "vqa", "json"), (run, "nlvr", "csv"), (run, "caption", "json"), (video_run, "tvc", "jsonl"):
-        assert command(evaluate, monkeypatch, folder, "--tasks", task) == 0
-        first = [line for line in capsys.readouterr().out.splitlines() if line.startswith(task)]
-        assert command(evaluate, monkeypatch, folder, "--tasks", task, "--predictions", folder / f"predictions_{task}_validation.{suffix}") == 0
-        assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(task)] == first
+    for folder, task in (run, "vqa"), (run, "nlvr"), (run, "caption"), (video_run, "tvc"):
+        file = folder / f"predictions_{task}_validation.jsonl"
+        scores = []
+        for words in [], ["--predictions", file]:
+            assert command(evaluate, monkeypatch, folder, "--tasks", task, *words) == 0
+            said = capsys.readouterr().out.splitlines()
+            scores.append([line for line in said if line.startswith(task)])
+        assert scores[0] == scores[1] and len(scores[0]) == 1
 
 
+def test_predictions_without_the_missing_pictures_are_scored_as_it_was(run, tmp_path, monkeypatch,
+                                                                       capsys):
+    rows = (run / "predictions_vqa_validation.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "some.jsonl").write_text("".join(rows[5:]))
+    words = run, "--tasks", "vqa", "--predictions", tmp_path / "some.jsonl", "--allow-missing"
+    assert command(evaluate, monkeypatch, *words) == 0
+    said = capsys.readouterr().out
+    assert f"has no answer for 5 of {len(rows)} examples; they are left out" in said
+    points = [vqa_accuracy(row["answer"], row["truth"]["answers"], vqa_normal_form)
+              for row in map(json.loads, rows[5:])]
+    line, = [line for line in said.splitlines() if line.startswith("vqa")]
+    assert float(line.split()[1]) == pytest.approx(np.mean(points), abs=0.01)
+
+
+def test_a_question_is_checked_before_anything_is_loaded(run, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(Run, "hashes", lambda run: pytest.fail("weights were read"))
+    picture = next((tiny / "datasets/GQA/images").iterdir())
+    assert command(evaluate, monkeypatch, run, "--image", picture) == 2
+    assert "vqa needs a --question" in capsys.readouterr().err
+
+
+def test_a_choice_is_read_as_it_was_written(tiny):
+    """The model answers NLVR2 in tokens; they must come back as the words that are scored."""
+    for family in ("bart", "t5"):
+        tokenizer = load_tokenizer(tiny / "weights" / f"{family}-mini")
+        for choice in TASKS["nlvr"].choices:
+            assert tokenizer.decode(tokenizer.encode(choice)).strip() == choice
+
+
+IMAGE = {"image_id": int, "caption": str}
+CLIP = {"clip_id": int, "descs": list}
 FIELDS = {  # of the official submissions, and how many answers the tiny world has
-    "vqa_OpenEnded_mscoco_test2015_vladapter_results.json": ({"question_id": int, "answer": str}, 8),
+    "vqa_OpenEnded_mscoco_test2015_vladapter_results.json":
+        ({"question_id": int, "answer": str}, 8),
     "gqa_submission_all.json": ({"questionId": str, "prediction": str}, 16),
-    "captions_val2014_vladapter_results.json": ({"image_id": int, "caption": str}, 14),
-    "captions_test2014_vladapter_results.json": ({"image_id": int, "caption": str}, 3),
-    "tvc/tvc_val_predictions.jsonl": ({"vid_name": str, "ts": list, "clip_id": int, "descs": list}, 3),
-    "tvc/tvc_test_predictions.jsonl": ({"vid_name": str, "ts": list, "clip_id": int, "descs": list}, 2),
-    "yc2c/yc2c_val_predictions.jsonl": ({"video_id": str, "clip_id": int, "descs": list}, 3),
-    "yc2c/yc2c_test_predictions.jsonl": ({"video_id": str, "clip_id": int, "descs": list}, 2),
+    "captions_val2014_vladapter_results.json": (IMAGE, 14),
+    "captions_test2014_vladapter_results.json": (IMAGE, 3),
+    "tvc/tvc_val_predictions.jsonl": (CLIP | {"vid_name": str, "ts": list}, 3),
+    "tvc/tvc_test_predictions.jsonl": (CLIP | {"vid_name": str, "ts": list}, 2),
+    "yc2c/yc2c_val_predictions.jsonl": (CLIP | {"video_id": str}, 3),
+    "yc2c/yc2c_test_predictions.jsonl": (CLIP | {"video_id": str}, 2),
 }
 
 
 def test_submissions_have_the_servers_fields_and_all_answers(run, video_run, tmp_path, monkeypatch):
     for folder in run, video_run:
         assert command(evaluate, monkeypatch, folder, "--submit", tmp_path) == 0
-    for name, (fields, count) in FIELDS.items():
-        text = (tmp_path / name).read_text()
-        rows = json.loads(text) if name.endswith(".json") else list(map(json.loads, text.splitlines()))
+    for name, (kinds, count) in FIELDS.items():
+        path = tmp_path / name
+        rows = json.loads(path.read_text()) if name.endswith(".json") else lines(path)
         assert len(rows) == count, name
-        assert all({key: type(value) for key, value in row.items()} == fields for row in rows), name
-        assert all(row["descs"] == [{"desc": row["descs"][0]["desc"]}] for row in rows if "descs" in row), name
+        for row in rows:
+            assert {key: type(value) for key, value in row.items()} == kinds, name
+            if "descs" in row:
+                assert row["descs"] == [{"desc": row["descs"][0]["desc"]}], name
     statements = (tmp_path / "nlvr2_test1.csv").read_text().splitlines()
-    assert len(statements) == 6 and all(re.fullmatch(r"test1-\d+-\d+-0,(True|False)", line) for line in statements)
-    for name, count in ("tvqa/tvqa_val", 9), ("tvqa/tvqa_test", 6), ("how2qa/how2qa_val", 9), ("how2qa/how2qa_test_public", 6):
+    assert len(statements) == 6
+    assert all(re.fullmatch(r"test1-\d+-\d+-0,(True|False)", line) for line in statements)
+    for name, count in {"tvqa/tvqa_val": 9, "tvqa/tvqa_test": 6, "how2qa/how2qa_val": 9,
+                        "how2qa/how2qa_test_public": 6}.items():
         chosen = json.loads((tmp_path / f"{name}_predictions.json").read_text())
-        assert len(chosen) == count and all(key.isdecimal() and value in range(5) for key, value in chosen.items())
+        assert len(chosen) == count
+        assert all(key.isdecimal() and value in range(5) for key, value in chosen.items())
+
+
+def test_an_answer_that_is_no_choice_is_submitted_as_the_first():
+    asked = [example(i, {}) for i in range(4)]
+    written = METRICS["choices"].write(asked, ["a3", "", "a star", "a"])
+    assert json.loads(written) == {"0": 3, "1": 0, "2": 0, "3": 0}
 
 
 def test_the_blind_command_scores_the_commonest_answers(run, tiny, monkeypatch, capsys):
     assert command(evaluate, monkeypatch, run, "--tasks", "gqa", "--blind") == 0
-    said = float(next(line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("gqa")))
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gqa")]
     common = {}
     for e in read_examples(tiny / "datasets", "gqa", "train,val"):
         common.setdefault(e.kind, Counter())[e.truth["answer"]] += 1
     asked = read_examples(tiny / "datasets", "gqa", "testdev")
     right = [common[e.kind].most_common(1)[0][0] == e.truth["answer"] for e in asked]
-    assert said == pytest.approx(100 * sum(right) / len(right), abs=0.01)
+    assert float(line.split()[1]) == pytest.approx(100 * sum(right) / len(right), abs=0.01)
 
 
 def test_pictures_pairs_and_videos_can_be_asked_about(run, video_run, tiny, monkeypatch, capsys):
     picture = next((tiny / "datasets/GQA/images").iterdir())
     video = next((tiny / "datasets/video/videos/tv").iterdir())
+    pair = ("--image", picture, picture, "--question", "Both pictures show stars.")
+    choices = ("--question", "What is it?", "--choices", "a star|a ring", "--subtitles", "Hi.")
     for words in [(run, "--image", picture, "--question", "How many stars are there?"),
-                  (run, "--tasks", "nlvr", "--image", picture, picture, "--question", "Both pictures show stars."),
-                  (run, "--tasks", "caption", "--image", picture), (video_run, "--tasks", "tvc", "--video", video),
-                  (video_run, "--video", video, "--question", "What is it?", "--choices", "a star|a ring", "--subtitles", "Hi.")]:
+                  (run, "--tasks", "nlvr", *pair), (run, "--tasks", "caption", "--image", picture),
+                  (video_run, "--tasks", "tvc", "--video", video),
+                  (video_run, "--video", video, *choices)]:
         for precision in "--no-bf16", "--bf16":
             assert command(evaluate, monkeypatch, *words, precision) == 0
-            assert capsys.readouterr().out.endswith("\n")
-    assert command(evaluate, monkeypatch, run, "--bf16", "--tasks", "vqa") == 0, "a whole split, too"
+            said = capsys.readouterr().out
+            assert said.endswith("\n")
+            assert "nlvr" not in words or said in ("true\n", "false\n")
+    assert command(evaluate, monkeypatch, run, "--bf16", "--tasks", "vqa") == 0, "a split, too"
 
 
-def test_what_cannot_be_evaluated_is_told_in_one_sentence(run, video_run, tiny, tmp_path, monkeypatch, capsys):
-    broken, other, edited = folders = tmp_path / "broken", tmp_path / "other", tmp_path / "edited"
-    for folder in folders:
-        shutil.copytree(run, folder)
+def changed(run: Path, folder: Path, **flags) -> Path:
+    """A copy of a run with other flags in its config.json."""
+    shutil.copytree(run, folder)
+    config = json.loads((run / "config.json").read_text())
+    config["flags"] |= flags
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_cannot_be_evaluated_is_told_in_one_sentence(run, video_run, tiny, tmp_path,
+                                                          monkeypatch, capsys):
+    broken, unsaved = changed(run, tmp_path / "broken"), changed(run, tmp_path / "unsaved")
     (broken / "best.pt").write_bytes((run / "best.pt").read_bytes()[:2000])
-    for folder, change in (other, {"share": "all"}), (edited, {"lr": "high"}):
-        config = json.loads((run / "config.json").read_text())
-        config["flags"] |= change
-        (folder / "config.json").write_text(json.dumps(config))
+    (unsaved / "last.pt").unlink()
+    other = changed(run, tmp_path / "other", sharing="single")
+    edited = changed(run, tmp_path / "edited", lr="high")
     (tmp_path / "x.jpg").write_text("no picture")
-    (tmp_path / "x.json").write_text("[1]")
+    (tmp_path / "x.jsonl").write_text("[1]")
     assert command(evaluate, monkeypatch, run, "--tasks", "vqa") == 0
-    validation = run / "predictions_vqa_validation.json"
+    validation = run / "predictions_vqa_validation.jsonl"
+    (tmp_path / "half.jsonl").write_text(validation.read_text().split("\n", 1)[1])
     capsys.readouterr()
     world = tmp_path / "world"
     shutil.copytree(tiny, world, ignore=shutil.ignore_patterns("features"))
     next((world / "datasets/COCO/images/test2015").iterdir()).unlink()
     picture = next((tiny / "datasets/GQA/images").iterdir())
+    bad = tmp_path / "x.jpg"
+    ask = ("--question", "?")
     for words, message in [
             ((tmp_path,), "is not a run: it has no config.json"),
-            ((broken,), "best.pt is truncated or not a saved run"),
-            ((other,), "does not fit its config.json"),
-            ((edited,), "config.json is not the config.json of a run: RunError(\"lr is 'high', expected float | int\")"),
-            ((run, "--image", tmp_path / "x.jpg", "--question", "?"), "x.jpg is not a readable picture"),
+            ((broken,), "best.pt is truncated or not a file of weights"),
+            ((unsaved, "--weights-of", "last"), "last.pt is missing: the run was stopped before"),
+            ((other,), "best.pt: the weight 'encoder.layers.0."),
+            ((edited,), "config.json is not the config.json of a run: "
+                        "RunError(\"lr is 'high', expected float | int\")"),
+            ((run, "--image", bad, *ask), "x.jpg is not a readable picture"),
             ((run, "--device", "nonsense"), "device 'nonsense' cannot be used"),
             ((run, "--tasks", "vqa,tennis"), "unknown task: 'tennis'; known are vqa, gqa"),
+            ((run, "--tasks", "tvqa"), "was trained on vqa, gqa, nlvr, caption, not on tvqa"),
             ((run, "--image", picture), "vqa needs a --question"),
-            ((run, "--tasks", "nlvr", "--image", picture, "--question", "?"), "nlvr needs two pictures, not 1"),
-            ((run, "--video", picture, "--question", "?"), "vqa needs --image"),
-            ((video_run, "--video", tmp_path / "x.jpg", "--question", "?"), "tvqa needs --choices"),
-            ((video_run, "--tasks", "tvc", "--video", tmp_path / "x.jpg"), "x.jpg is empty, truncated or not a readable video"),
+            ((run, "--tasks", "nlvr", "--image", picture, *ask), "nlvr needs 2 of --image, not 1"),
+            ((run, "--video", picture, *ask), "vqa needs --image"),
+            ((video_run, "--video", bad, *ask), "tvqa needs --choices"),
+            ((video_run, "--tasks", "tvc", "--video", bad),
+             "x.jpg is empty, truncated or not a readable video"),
             ((run, "--tasks", "vqa", "--split", "test", "--predictions", validation),
-             "for another split: it has no answer for 24 of 24 examples"),
-            ((run, "--tasks", "vqa", "--predictions", tmp_path / "x.json"), "is no file of predictions for vqa"),
+             "has no answer for 24 of 24 examples: for another split"),
+            ((run, "--tasks", "vqa", "--predictions", tmp_path / "half.jsonl"),
+             "has no answer for 1 of "),
+            ((run, "--image", picture, "--subtitles", "Hi."), "--subtitles go with --video"),
+            ((run, "--tasks", "vqa", "--predictions", tmp_path / "x.jsonl"),
+             "is no file of predictions for vqa"),
             ((run, "--predictions", validation), "choose one with --tasks: vqa, gqa"),
-            ((run, "--data", world / "datasets", "--tasks", "vqa", "--submit", tmp_path / "s"), "1 of 2 pictures are missing")]:
+            ((run, "--data", world / "datasets", "--tasks", "vqa", "--submit", tmp_path / "s"),
+             "1 of 2 pictures are missing")]:
         assert command(evaluate, monkeypatch, *words) == 2, words
         said = capsys.readouterr().err
         assert message in said and "Traceback" not in said

@@ -1,11 +1,16 @@
-"""Our model is transformers' BART or T5 where there are no pictures; its search, its pictures and its weight files."""
+"""Our model is transformers' BART or T5 where there are no pictures; its search and its files."""
 
 import dataclasses
+import doctest
 import itertools
 import json
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 import zipfile
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -13,17 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (BartConfig, BartForConditionalGeneration, T5Config,
+                          T5ForConditionalGeneration)
 
-from model import CLIPResNet, Config, Dropout, Model, WeightsError, generate, load_backbone, load_clip, read_weights, t5
+import model as module
+from model import (CLIPResNet, Config, Dropout, VLModel, WeightsError, load_backbone, load_clip,
+                   read_weights, t5)
 
 VOCAB, PAD, END = 60, 1, 2
-SIZES = dict(vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-             encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, init_std=0.5)
-TINY = Config(vocab_size=VOCAB, d_model=32, heads=4, d_ff=64, encoder_layers=2, decoder_layers=2, max_positions=64,
-              feature_dim=8, dropout=0.0, start=END, pad=PAD, end=END)
-TINY_T5 = t5(dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, relative_attention_num_buckets=32,
-                  dropout_rate=0.0), feature_dim=8, words=VOCAB)
+SIZES = dict(vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2,
+             encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+             decoder_ffn_dim=64, max_position_embeddings=64, init_std=0.5)
+TINY = Config(vocab_size=VOCAB, d_model=32, heads=4, d_ff=64, encoder_layers=2, decoder_layers=2,
+              max_positions=64, feature_dim=8, dropout=0.0, decoder_start=END, pad=PAD, eos=END)
+TINY_T5 = t5(dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                  relative_attention_num_buckets=32, dropout_rate=0.0), feature_dim=8)
 
 
 def their_bart(**sizes) -> BartForConditionalGeneration:
@@ -47,9 +56,9 @@ def save(theirs, folder, safe=True):
     return folder
 
 
-def our_bart(folder) -> Model:
-    ours = load_backbone(folder, feature_dim=8, words=VOCAB + 200).eval()
-    ours.logits_bias[VOCAB:] = -1e9                                 # the added words are ours alone: never say them
+def our_bart(folder) -> VLModel:
+    ours = load_backbone(folder, feature_dim=8, vocab_size=VOCAB + 200).eval()
+    ours.logits_bias[VOCAB:] = -1e9  # the added words are ours alone: never say them
     return ours
 
 
@@ -61,14 +70,10 @@ def questions(batch=50, longest=9, pad=PAD):
     return ids.masked_fill(torch.arange(longest) >= lengths, pad)
 
 
-def no_pictures(batch=50):
-    return torch.zeros(batch, 0, 1, 8)
-
-
-def our_model(seed=0, base=TINY, **changes) -> Model:
+def our_model(seed=0, base=TINY, **changes) -> VLModel:
     """A model with random weights, large enough that everything matters."""
     torch.manual_seed(seed)
-    model = Model(dataclasses.replace(base, **changes)).eval()
+    model = VLModel(dataclasses.replace(base, **changes)).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.5)
@@ -81,28 +86,30 @@ def distance(ours, theirs) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:enable_nested_tensor", "ignore:Detected pickle protocol")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit", "ignore:enable_nested_tensor", "ignore:Detected pickle protocol")
 
 
-# ---- transformers' BART -------------------------------------------------------------------------------------------
+# ---- transformers' BART --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_the_logits_are_those_of_transformers(tmp_path, safe):
     theirs, ids, labels = their_bart(), questions(), questions(longest=5)
     ours = our_bart(save(theirs, tmp_path, safe))
-    assert {path.name for path in tmp_path.glob("*.*")} >= {"config.json", "model.safetensors" if safe else "pytorch_model.bin"}
+    assert (tmp_path / ("model.safetensors" if safe else "pytorch_model.bin")).exists()
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=(ids != PAD).long(), labels=labels).logits
-        assert distance(ours(ids, no_pictures(), labels)[..., :VOCAB], expected) < 1e-5
+        assert distance(ours(ids, None, labels)[..., :VOCAB], expected) < 1e-5
 
 
 def test_added_words_are_new_rows_behind_the_vocabulary(tmp_path):
     theirs = their_bart()
-    ours = load_backbone(save(theirs, tmp_path), feature_dim=8, words=VOCAB + 200)
-    assert ours.words.weight.shape == (VOCAB + 200, 32)
-    assert torch.equal(ours.words.weight[:VOCAB], theirs.model.shared.weight)
-    assert 0.015 < ours.words.weight[VOCAB:].std() < 0.025 and not ours.logits_bias[VOCAB:].any()
+    ours = load_backbone(save(theirs, tmp_path), feature_dim=8, vocab_size=VOCAB + 200)
+    assert ours.embed_tokens.weight.shape == (VOCAB + 200, 32)
+    assert torch.equal(ours.embed_tokens.weight[:VOCAB], theirs.model.shared.weight)
+    assert 0.015 < ours.embed_tokens.weight[VOCAB:].std() < 0.025
+    assert not ours.logits_bias[VOCAB:].any() and ours.new_rows == {"embed_tokens.weight": 200}
 
 
 @pytest.mark.parametrize("ngram", [0, 3])
@@ -111,40 +118,45 @@ def test_the_words_are_those_of_transformers(tmp_path, beams, ngram):
     theirs, ids = their_bart(), questions()
     ours = our_bart(save(theirs, tmp_path))
     ours.config = dataclasses.replace(ours.config, no_repeat_ngram=ngram, early_stopping=True)
-    said = theirs.generate(ids, attention_mask=(ids != PAD).long(), num_beams=beams, no_repeat_ngram_size=ngram, max_length=20,
-                           early_stopping=beams > 1, do_sample=False)
+    said = theirs.generate(
+        ids, attention_mask=(ids != PAD).long(), num_beams=beams, no_repeat_ngram_size=ngram,
+        max_length=20, early_stopping=beams > 1, do_sample=False)
     lengths = (said != PAD).sum(1)
-    assert len(said.unique(dim=0)) > 20 and len(lengths.unique()) > 3 and lengths.max() == 20           # a varied exam
-    assert generate(ours, ids, no_pictures(), beams, max_length=20).tolist() == said.tolist()
+    # A varied exam:
+    assert len(said.unique(dim=0)) > 20 and len(lengths.unique()) > 3 and lengths.max() == 20
+    assert ours.answer(ids, beams=beams).tolist() == said.tolist()
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize("wish", [dict(no_repeat_ngram_size=2), dict(forced_bos_token_id=7), dict(length_penalty=3.0),
-                                  dict(early_stopping=True)], ids=lambda wish: next(iter(wish)))
+@pytest.mark.parametrize("wish", [
+    dict(no_repeat_ngram_size=2), dict(forced_bos_token_id=7), dict(length_penalty=3.0),
+    dict(early_stopping=True)], ids=lambda wish: next(iter(wish)))
 def test_wishes_of_the_backbone_are_honoured(tmp_path, wish, file):
     theirs, ids = their_bart(), questions()
     save(theirs, tmp_path)
     (tmp_path / "generation_config.json").write_text("{}")
     ask = dict(attention_mask=(ids != PAD).long(), num_beams=5, max_length=20, do_sample=False)
     without = {} if "early_stopping" in wish else dict(early_stopping=True)
-    wish = dict(early_stopping=True) | wish                         # without it later versions of transformers go on longer
+    wish = dict(early_stopping=True) | wish  # without it later transformers go on longer
     said = theirs.generate(ids, **ask, **wish)
     assert said.tolist() != theirs.generate(ids, **ask, **without).tolist()
     asked = json.loads((tmp_path / file).read_text())
     (tmp_path / file).write_text(json.dumps(asked | wish))
-    assert generate(our_bart(tmp_path), ids, no_pictures(), 5, max_length=20).tolist() == said.tolist()
+    assert our_bart(tmp_path).answer(ids, beams=5).tolist() == said.tolist()
 
 
-# ---- transformers' T5 ---------------------------------------------------------------------------------------------
+# ---- transformers' T5 ----------------------------------------------------------------------------
 
-T5_SIZES = dict(vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4)            # 4 x 16 > 32
+T5_SIZES = dict(vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2,
+                num_heads=4)  # 4 x 16 > 32
 T5_PAD, T5_END = 0, 1
 
 
 def their_t5(std=0.2, **sizes) -> T5ForConditionalGeneration:
-    """Random weights: 0.5 for varied answers, less for logits, because unscaled scores let rounding grow."""
+    """Random weights: 0.5 for varied answers, less for logits: unscaled scores magnify rounding."""
     torch.manual_seed(1)
-    theirs = T5ForConditionalGeneration(T5Config(**T5_SIZES | dict(decoder_start_token_id=T5_PAD) | sizes)).eval()
+    config = T5Config(**T5_SIZES | dict(decoder_start_token_id=T5_PAD) | sizes)
+    theirs = T5ForConditionalGeneration(config).eval()
     for name, parameter in theirs.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=1.0 if "shared" in name or "relative" in name else std)
@@ -152,13 +164,14 @@ def their_t5(std=0.2, **sizes) -> T5ForConditionalGeneration:
     return theirs
 
 
-def our_t5(folder) -> Model:
-    ours = load_backbone(folder, feature_dim=8, words=VOCAB + 72).eval()
+def our_t5(folder) -> VLModel:
+    ours = load_backbone(folder, feature_dim=8, vocab_size=VOCAB + 72).eval()
     ours.logits_bias[VOCAB:] = -1e9
     return ours
 
 
-OLD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"      # in Google's .bin files, without a use
+# In Google's .bin files, without a use.
+OLD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 @pytest.mark.parametrize("longest", [9, 200], ids=["short", "beyond the last bucket"])
@@ -170,44 +183,53 @@ def test_the_logits_are_those_of_transformers_t5(tmp_path, safe, longest):
         torch.save(theirs.state_dict() | {OLD: torch.randn(32, 4)}, tmp_path / "pytorch_model.bin")
     ids, labels = questions(10, longest, T5_PAD), questions(10, 5, T5_PAD)
     with torch.no_grad():
-        expected = theirs(input_ids=ids, attention_mask=(ids != T5_PAD).long(), labels=labels).logits
-        assert distance(our_t5(tmp_path)(ids, no_pictures(10), labels)[..., :VOCAB], expected) < 1e-5
+        mask = (ids != T5_PAD).long()
+        expected = theirs(input_ids=ids, attention_mask=mask, labels=labels).logits
+        assert distance(our_t5(tmp_path)(ids, None, labels)[..., :VOCAB], expected) < 1e-5
 
 
 @pytest.mark.parametrize("ngram", [0, 3])
 @pytest.mark.parametrize("beams", [1, 5])
 def test_the_words_are_those_of_transformers_t5(tmp_path, beams, ngram):
-    """In beam search the end is forced: later versions of transformers score a hypothesis that is cut off differently."""
+    """In beam search the end is forced: later transformers score what is cut off differently."""
     theirs, ids, end = their_t5(std=0.5), questions(pad=T5_PAD), T5_END if beams > 1 else None
     ours = our_t5(save(theirs, tmp_path))
-    ours.config = dataclasses.replace(ours.config, no_repeat_ngram=ngram, early_stopping=True, forced_last=end)
-    said = theirs.generate(ids, attention_mask=(ids != T5_PAD).long(), num_beams=beams, no_repeat_ngram_size=ngram, max_length=20,
-                           early_stopping=beams > 1, do_sample=False, forced_eos_token_id=end)
+    ours.config = dataclasses.replace(ours.config, no_repeat_ngram=ngram, early_stopping=True,
+                                      forced_eos=end)
+    said = theirs.generate(
+        ids, attention_mask=(ids != T5_PAD).long(), num_beams=beams, no_repeat_ngram_size=ngram,
+        max_length=20, early_stopping=beams > 1, do_sample=False, forced_eos_token_id=end)
     ended = (said == T5_END).cumsum(1) - (said == T5_END).long() > 0
-    said = said.masked_fill(ended, T5_PAD)                          # their beam search pads with the end where the pad is 0
-    assert len(said.unique(dim=0)) > 20 and len((said != T5_PAD).sum(1).unique()) > 3 and said[:, -1].any()         # a varied exam
-    assert generate(ours, ids, no_pictures(), beams, max_length=20).tolist() == said.tolist()
+    said = said.masked_fill(ended, T5_PAD)  # their beam search pads with the end where pad is 0
+    lengths = (said != T5_PAD).sum(1)
+    assert len(said.unique(dim=0)) > 20 and len(lengths.unique()) > 3 and said[:, -1].any()
+    assert ours.answer(ids, beams=beams).tolist() == said.tolist()
 
 
 def test_more_words_than_the_vocabulary_are_new_rows_behind_it(tmp_path):
     theirs = their_t5()
-    ours = load_backbone(save(theirs, tmp_path), feature_dim=8, words=VOCAB + 72)
-    assert torch.equal(ours.words.weight[:VOCAB], theirs.shared.weight) and ours.words.weight.shape == (VOCAB + 72, 32)
-    assert 0.9 < ours.words.weight[VOCAB:].std() < 1.1 and not ours.logits_bias.any()
+    ours = load_backbone(save(theirs, tmp_path), feature_dim=8, vocab_size=VOCAB + 72)
+    table = ours.embed_tokens.weight
+    assert table.shape == (VOCAB + 72, 32) and torch.equal(table[:VOCAB], theirs.shared.weight)
+    assert 0.9 < table[VOCAB:].std() < 1.1 and not ours.logits_bias.any()
     assert 0.015 < ours.visual.feature.weight.std() < 0.025 and not ours.visual.feature.bias.any()
 
 
 @pytest.mark.parametrize("words", [VOCAB - 1, VOCAB + 201])
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, words):
     save(their_t5(), tmp_path)
-    with pytest.raises(WeightsError, match=f"config.json: vocab_size is 60, the tokenizer with its added words has {words}$"):
-        load_backbone(tmp_path, feature_dim=8, words=words)
+    message = f"vocab_size is 60, the tokenizer with its added words has {words}$"
+    with pytest.raises(WeightsError, match=f"config.json: {message}"):
+        load_backbone(tmp_path, feature_dim=8, vocab_size=words)
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(feed_forward_proj="gated-gelu"), "only T5 with relu"), (dict(tie_word_embeddings=False), "only T5 with relu"),
-    (dict(d_kv=None), "d_kv is None, expected a number from 1 on"), (dict(num_layers=0), "num_layers is 0, expected"),
-    (dict(relative_attention_num_buckets="32"), "relative_attention_num_buckets is '32'")], ids=str)
+    (dict(feed_forward_proj="gated-gelu"), "only T5 with relu"),
+    (dict(tie_word_embeddings=False), "only T5 with relu"),
+    (dict(d_kv=None), "d_kv is None, expected a number from 1 on"),
+    (dict(num_layers=0), "num_layers is 0, expected"),
+    (dict(relative_attention_num_buckets="32"), "relative_attention_num_buckets is '32'"),
+], ids=str)
 def test_a_t5_that_is_not_built_here_is_refused(tmp_path, changes, message):
     save(their_t5(), tmp_path)
     asked = json.loads((tmp_path / "config.json").read_text())
@@ -219,36 +241,84 @@ def test_a_t5_that_is_not_built_here_is_refused(tmp_path, changes, message):
 def test_an_old_config_of_t5_says_less(tmp_path):
     theirs = their_t5()
     save(theirs, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(
-        {name: size for name, size in T5_SIZES.items() if name != "num_decoder_layers"} | dict(
-            model_type="t5", relative_attention_num_buckets=32, task_specific_params=dict(summarization=dict(num_beams=4)))))
+    old = {name: size for name, size in T5_SIZES.items() if name != "num_decoder_layers"}
+    old |= dict(model_type="t5", relative_attention_num_buckets=32,
+                task_specific_params=dict(summarization=dict(num_beams=4)))
+    (tmp_path / "config.json").write_text(json.dumps(old))
     config = our_t5(tmp_path).config
-    assert (config.decoder_layers, config.max_distance, config.start, config.pad, config.end, config.forced_last) == (2, 128, 0, 0, 1, None)
+    assert (config.decoder_layers, config.max_distance) == (2, 128)
+    assert (config.decoder_start, config.pad, config.eos, config.forced_eos) == (0, 0, 1, None)
 
 
-@pytest.mark.parametrize("name", ["encoder.final_layer_norm.weight", "decoder.block.1.layer.1.EncDecAttention.v.weight",
-                                  "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"])
+@pytest.mark.parametrize("name", [
+    "encoder.final_layer_norm.weight", "decoder.block.1.layer.1.EncDecAttention.v.weight",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"])
 def test_a_missing_weight_of_t5_is_named(tmp_path, name):
     theirs = their_t5()
     save(theirs, tmp_path, safe=False)
-    torch.save({key: x for key, x in theirs.state_dict().items() if key != name}, tmp_path / "pytorch_model.bin")
+    weights = theirs.state_dict()
+    del weights[name]
+    torch.save(weights, tmp_path / "pytorch_model.bin")
     assert refused(tmp_path).endswith(f"does not fit its config.json: no {name}")
 
 
-# ---- a strict load ------------------------------------------------------------------------------------------------
+ALONE = """
+import sys, torch
+from model import load_backbone
+model = load_backbone(sys.argv[1]).eval()
+ids = torch.load("ids")
+with torch.no_grad():
+    logits = model(ids, None, ids)
+words = {beams: model.answer(ids, beams=beams) for beams in (1, 5)}
+torch.save((logits, words, sorted(sys.modules)), "answers")
+"""
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_the_file_alone_is_transformers_bart_or_t5(tmp_path, family):
+    """model.py, copied into an empty folder, needs torch alone."""
+    bart = family == "bart"
+    theirs, pad, eos = (their_bart(), PAD, END) if bart else (their_t5(), T5_PAD, T5_END)
+    ids = questions(10, pad=pad)
+    config = save(theirs, tmp_path / "weights") / "config.json"
+    # Without these, later transformers search on for longer, see the tests above.
+    wishes = dict(early_stopping=True, forced_eos_token_id=eos)
+    config.write_text(json.dumps(json.loads(config.read_text()) | wishes))
+    (tmp_path / "weights" / "generation_config.json").unlink()
+    shutil.copy(module.__file__, tmp_path)
+    torch.save(ids, tmp_path / "ids")
+    subprocess.run([sys.executable, "-c", ALONE, tmp_path / "weights"], cwd=tmp_path, check=True,
+                   env=os.environ | {"PYTHONPATH": ""})
+    logits, words, imported = torch.load(tmp_path / "answers", weights_only=True)
+    assert not {"transformers", "adapters", "data", "safetensors"} & set(imported)
+
+    mask = (ids != pad).long()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask, labels=ids).logits
+    assert logits.shape == expected.shape and distance(logits, expected) < 1e-5
+    for beams, ours in words.items():
+        said = theirs.generate(ids, attention_mask=mask, num_beams=beams, max_length=20,
+                               early_stopping=beams > 1, forced_eos_token_id=eos, do_sample=False)
+        ended = (said[:, 1:-1] == eos).cumsum(1) > 0
+        said[:, 2:] = said[:, 2:].masked_fill(ended, pad)  # theirs pads T5's beams with the end
+        assert len(said.unique(dim=0)) > 3 and ours.tolist() == said.tolist()
+
+
+# ---- a strict load -------------------------------------------------------------------------------
 
 FC1, TABLE = "model.encoder.layers.1.fc1.weight", "model.shared.weight"
 
 
 def refused(folder) -> str:
     with pytest.raises(WeightsError) as error:
-        load_backbone(folder, feature_dim=8, words=VOCAB + 200)
+        load_backbone(folder, feature_dim=8, vocab_size=VOCAB + 200)
     return str(error.value)
 
 
 @pytest.mark.parametrize("changes, message", [
     ({FC1: None}, f"no {FC1}"),
-    ({"model.encoder.layers.2.fc1.weight": torch.zeros(64, 32)}, "unknown model.encoder.layers.2.fc1.weight"),
+    ({"model.encoder.layers.2.fc1.weight": torch.zeros(64, 32)},
+     "unknown model.encoder.layers.2.fc1.weight"),
     ({FC1: torch.zeros(64, 31)}, f"{FC1} is [64, 31], expected [64, 32]"),
     ({FC1: torch.zeros(32)}, f"{FC1} is [32], expected [64, 32]"),
     ({TABLE: torch.zeros(30, 32)}, f"{TABLE} is [30, 32], expected [60, 32]"),
@@ -258,7 +328,8 @@ def refused(folder) -> str:
 def test_a_tensor_that_does_not_fit_is_named(tmp_path, changes, message):
     theirs = their_bart()
     save(theirs, tmp_path, safe=False)
-    weights = {name: tensor for name, tensor in (theirs.state_dict() | changes).items() if tensor is not None}
+    weights = theirs.state_dict() | changes
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
     torch.save(weights, tmp_path / "pytorch_model.bin")
     said = refused(tmp_path)
     assert message in said and str(tmp_path / "pytorch_model.bin") in said
@@ -268,7 +339,8 @@ def test_weights_of_another_model_are_refused(tmp_path):
     save(their_bart(), tmp_path, safe=False)
     torch.save(nn.Transformer(32, 4, 2, 2, 64).state_dict(), tmp_path / "pytorch_model.bin")
     said = refused(tmp_path)
-    assert str(tmp_path / "pytorch_model.bin") in said and "no model.shared.weight" in said and "more" in said
+    assert str(tmp_path / "pytorch_model.bin") in said
+    assert "no model.shared.weight" in said and "more" in said
 
 
 def test_weights_of_a_deeper_bart_are_refused(tmp_path):
@@ -285,21 +357,29 @@ def test_a_bart_saved_without_its_head_is_whole(tmp_path):
     ours, ids = our_bart(tmp_path), questions()
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=(ids != PAD).long(), labels=ids).logits
-        assert distance(ours(ids, no_pictures(), ids)[..., :VOCAB], expected) < 1e-5
+        assert distance(ours(ids, None, ids)[..., :VOCAB], expected) < 1e-5
+
+
+def bart_json(**changes) -> str:
+    """A config.json of the tiny BART; what is None is left out."""
+    content = SIZES | {"model_type": "bart"} | changes
+    return json.dumps({name: value for name, value in content.items() if value is not None})
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "is missing"), ("{", "is not JSON"), ("[]", "expected a JSON object"), ("{}", "model_type is None"),
-    (json.dumps(SIZES | {"model_type": "gpt2"}), "model_type is 'gpt2', expected one of bart"),
-    (json.dumps(SIZES | {"model_type": "bart", "encoder_attention_heads": 5, "decoder_attention_heads": 5}), "d_model is no multiple of"),
-    (json.dumps(SIZES | {"model_type": "bart", "activation_function": "relu"}), "only BART with gelu"),
-    (json.dumps(SIZES | {"model_type": "bart", "decoder_attention_heads": 1}),
+    (None, "is missing"),
+    ("{", "is not JSON"),
+    ("[]", "expected a JSON object"),
+    ("{}", "model_type is None"),
+    (bart_json(model_type="gpt2"), "model_type is 'gpt2', expected one of bart"),
+    (bart_json(encoder_attention_heads=5, decoder_attention_heads=5), "d_model is no multiple of"),
+    (bart_json(activation_function="relu"), "only BART with gelu"),
+    (bart_json(decoder_attention_heads=1),
      "decoder_attention_heads and encoder_attention_heads differ"),
-    (json.dumps(SIZES | {"model_type": "bart", "decoder_layers": -1}), "decoder_layers is -1, expected a number from 1 on"),
-    *((json.dumps({name: size for name, size in SIZES.items() if name != field} | {"model_type": "bart"}),
-       f"{field} is None, expected a number from 1 on")
-      for field in ("vocab_size", "d_model", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layers", "decoder_layers",
-                    "max_position_embeddings")),
+    (bart_json(decoder_layers=-1), "decoder_layers is -1, expected a number from 1 on"),
+    *((bart_json(**{field: None}), f"{field} is None, expected a number from 1 on") for field in (
+        "vocab_size", "d_model", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layers",
+        "decoder_layers", "max_position_embeddings")),
 ], ids=lambda x: "" if x is None or x[:1] in "{[" else x.replace("'", ""))
 def test_a_bad_config_is_named(tmp_path, content, message):
     save(their_bart(), tmp_path)
@@ -317,11 +397,12 @@ def test_a_folder_without_weights_is_named(tmp_path):
     assert str(tmp_path) in said and "neither model.safetensors nor pytorch_model.bin" in said
 
 
-# ---- weight files -------------------------------------------------------------------------------------------------
+# ---- weight files --------------------------------------------------------------------------------
 
 TENSORS = {
-    "float": torch.randn(3, 5), "half": torch.randn(7).half(), "brain": torch.randn(2, 2).bfloat16(), "none": torch.zeros(0, 4),
-    "double": torch.randn(2).double(), "scalar": torch.tensor(1.5), "long": torch.arange(5), "bool": torch.tensor([True, False, True]),
+    "float": torch.randn(3, 5), "half": torch.randn(7).half(), "double": torch.randn(2).double(),
+    "brain": torch.randn(2, 2).bfloat16(), "none": torch.zeros(0, 4), "scalar": torch.tensor(1.5),
+    "long": torch.arange(5), "bool": torch.tensor([True, False, True]),
     "byte": torch.arange(3, dtype=torch.uint8)}
 
 
@@ -349,17 +430,29 @@ def write_torchscript(path) -> dict:
     return traced.state_dict()
 
 
-WRITERS = {
-    "safetensors": lambda path: safetensors.torch.save_file(TENSORS, path, metadata={"format": "pt"}) or TENSORS,
-    "zip": lambda path: torch.save(TENSORS, path) or TENSORS,
-    "old": lambda path: torch.save(TENSORS, path, _use_new_zipfile_serialization=False) or TENSORS,
+def write_tensors(write):
+    def writer(path) -> dict:
+        write(TENSORS, path)
+        return TENSORS
+    return writer
+
+
+def save_old(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+WRITERS = {  # each writes a file and returns what is to be read from it
+    "safetensors": write_tensors(partial(safetensors.torch.save_file, metadata={"format": "pt"})),
+    "zip": write_tensors(torch.save),
+    "old": write_tensors(save_old),
     "torchscript": write_torchscript,
 }
 
 
 def same(ours: dict, theirs: dict) -> bool:
     return ours.keys() == theirs.keys() and all(
-        ours[name].dtype == x.dtype and ours[name].shape == x.shape and torch.equal(ours[name], x) for name, x in theirs.items())
+        ours[name].dtype == x.dtype and ours[name].shape == x.shape and torch.equal(ours[name], x)
+        for name, x in theirs.items())
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -370,9 +463,10 @@ def test_every_format_is_read_bit_by_bit(tmp_path, kind):
 
 @pytest.mark.parametrize("gap", ["", " ", "  ", "   "])
 def test_a_safetensors_header_need_not_be_aligned(tmp_path, gap):
-    header = {"b": dict(dtype="F32", shape=[3], data_offsets=[2, 14]), "a": dict(dtype="F16", shape=[1, 1], data_offsets=[0, 2])}
+    header = {"b": entry(2, 14, (3,)), "a": entry(0, 2, (1, 1), "F16")}
     a, b = torch.randn(1, 1).half(), torch.randn(3)
-    path = write_safetensors(tmp_path / "weights", header, a.numpy().tobytes() + b.numpy().tobytes(), gap)
+    data = a.numpy().tobytes() + b.numpy().tobytes()
+    path = write_safetensors(tmp_path / "weights", header, data, gap)
     assert same(read_weights(path), {"a": a, "b": b})
 
 
@@ -392,7 +486,8 @@ def test_a_missing_file_is_named(tmp_path):
         read_weights(tmp_path / "weights")
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(2)], {"a": 1}, {"model": {"a": torch.zeros(2)}}], ids=["list", "number", "nested"])
+@pytest.mark.parametrize("content", [
+    [torch.zeros(2)], {"a": 1}, {"model": {"a": torch.zeros(2)}}], ids=["list", "number", "nested"])
 def test_only_a_dictionary_of_tensors_will_do(tmp_path, content):
     torch.save(content, tmp_path / "weights")
     with pytest.raises(WeightsError, match="expected a dictionary of tensors"):
@@ -415,24 +510,31 @@ def as_torchscript(content, path):
         archive.writestr("archive/constants.pkl", pickle.dumps(()))
 
 
-@pytest.mark.parametrize("write", [
-    torch.save, lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
-    lambda content, path: path.write_bytes(pickle.dumps(content)), as_torchscript], ids=["zip", "old", "pickle", "torchscript"])
-@pytest.mark.parametrize("harm", [lambda mark: Harm(os.system, f"touch {mark}"), lambda mark: Harm(open, str(mark), "w"),
-                                  lambda mark: Harm(eval, f"open({str(mark)!r}, 'w')")], ids=["system", "open", "eval"])
+def as_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("write", [torch.save, save_old, as_pickle, as_torchscript],
+                         ids=["zip", "old", "pickle", "torchscript"])
+@pytest.mark.parametrize("harm", [
+    lambda mark: Harm(os.system, f"touch {mark}"),
+    lambda mark: Harm(open, str(mark), "w"),
+    lambda mark: Harm(eval, f"open({str(mark)!r}, 'w')"),
+], ids=["system", "open", "eval"])
 def test_a_hostile_file_does_nothing(tmp_path, write, harm):
     mark = tmp_path / "harmed"
-    write({"harm": harm(mark), "weight": torch.zeros(2)}, tmp_path / "weights")        # harm first: nothing before it may be refused
+    # Harm first: nothing before it may be refused.
+    write({"harm": harm(mark), "weight": torch.zeros(2)}, tmp_path / "weights")
     with pytest.raises(WeightsError, match="not a weight file") as error:
         read_weights(tmp_path / "weights")
     assert not mark.exists() and str(tmp_path / "weights") in str(error.value)
     pickle.loads(pickle.dumps(harm(mark)))
-    assert mark.exists()                                            # it would have
+    assert mark.exists()  # it would have
 
 
 def test_a_torchscript_tensor_cannot_reach_beyond_its_storage(tmp_path):
     write_torchscript(tmp_path / "good")
-    shape, longer = b"(K\x05K\x03t", b"(K\x06K\x03t"                 # (5, 3) of first.weight, as pickled
+    shape, longer = b"(K\x05K\x03t", b"(K\x06K\x03t"  # (5, 3) of first.weight, as pickled
     with zipfile.ZipFile(tmp_path / "good") as good, zipfile.ZipFile(tmp_path / "bad", "w") as bad:
         for name in good.namelist():
             content = good.read(name)
@@ -459,7 +561,8 @@ def entry(begin, end, shape=(2,), dtype="F32"):
     ({"a": entry(0, 20, (4,))}, "shape"),
     ({"a": entry(0, 20, (5,), "F5")}, "F5"),
     ({"a": entry(0, 20, (5,)), "b": 7}, "subscriptable"),
-], ids=["overlap", "same", "hole", "beyond", "backwards", "negative", "rest", "shape", "dtype", "no entry"])
+], ids=["overlap", "same", "hole", "beyond", "backwards", "negative", "rest", "shape", "dtype",
+        "no entry"])
 def test_a_safetensors_header_that_lies_is_refused(tmp_path, header, message):
     path = write_safetensors(tmp_path / "weights", header, bytes(20))
     with pytest.raises(WeightsError, match=message) as error:
@@ -467,44 +570,52 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path, header, message):
     assert str(path) in str(error.value)
 
 
-# ---- CLIP ---------------------------------------------------------------------------------------------------------
+# ---- CLIP ----------------------------------------------------------------------------------------
 
 
 def their_clip() -> CLIPResNet:
     torch.manual_seed(0)
     encoder = CLIPResNet((1, 2, 1, 1), width=8, side=2, output_dim=16)
-    encoder.train()(torch.randn(4, 3, 64, 64))                      # moves the running statistics
+    encoder.train()(torch.randn(4, 3, 64, 64))  # moves the running statistics
     return encoder.eval()
 
 
-def save_clip(encoder, path, text={"token_embedding.weight": torch.zeros(5, 4), "logit_scale": torch.tensor(1.0)}):
-    torch.save({"visual." + name: x for name, x in encoder.state_dict().items()} | text, path)
+def visual(weights: dict) -> dict:
+    return {"visual." + name: x for name, x in weights.items()}
+
+
+def save_clip(encoder, path):
+    text = {"token_embedding.weight": torch.zeros(5, 4), "logit_scale": torch.tensor(1.0)}
+    torch.save(visual(encoder.state_dict()) | text, path)
     return path
 
 
 def test_the_sizes_of_a_clip_are_read_off_its_weights(tmp_path):
     theirs = their_clip()
     ours = load_clip(save_clip(theirs, tmp_path / "RN.pt"))
-    assert (ours.resolution, ours.feature_dim, ours.output_dim) == (64, 256, 16)
-    assert [len(layer) for layer in (ours.layer1, ours.layer2, ours.layer3, ours.layer4)] == [1, 2, 1, 1]
+    assert (ours.feature_dim, ours.output_dim) == (256, 16)
+    layers = ours.layer1, ours.layer2, ours.layer3, ours.layer4
+    assert [len(layer) for layer in layers] == [1, 2, 1, 1] and not ours.training
     picture = torch.randn(2, 3, 64, 64)
-    assert not ours.training and torch.equal(ours(picture), theirs(picture)) and ours(picture).shape == (2, 256, 2, 2)
+    assert torch.equal(ours(picture), theirs(picture)) and ours(picture).shape == (2, 256, 2, 2)
 
 
 def test_a_half_precision_torchscript_clip_is_read(tmp_path):
     theirs = their_clip()
-    torch.jit.trace(nn.ModuleDict({"visual": theirs})["visual"], torch.randn(1, 3, 64, 64)).half().save(tmp_path / "traced")
+    torch.jit.trace(theirs, torch.randn(1, 3, 64, 64)).half().save(tmp_path / "traced")
     weights = read_weights(tmp_path / "traced")
-    torch.save({"visual." + name: x for name, x in weights.items()}, tmp_path / "RN.pt")
+    torch.save(visual(weights), tmp_path / "RN.pt")
     ours = load_clip(tmp_path / "RN.pt")
     assert all(x.dtype in (torch.float32, torch.int64) for x in ours.state_dict().values())
     assert all(torch.equal(x.half(), weights[name].half()) for name, x in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("weights", [
-    {}, {"model.shared.weight": torch.zeros(2, 2)}, {"visual.conv1.weight": torch.zeros(4, 3, 16, 16), "visual.proj": torch.zeros(4, 4)},
-    {"visual." + name: x for name, x in their_clip().state_dict().items() if name != "layer2.1.bn1.bias"},
-    {"visual." + name: x for name, x in their_clip().state_dict().items()} | {"visual.layer2.1.more": torch.zeros(1)},
+    {},
+    {"model.shared.weight": torch.zeros(2, 2)},
+    {"visual.conv1.weight": torch.zeros(4, 3, 16, 16), "visual.proj": torch.zeros(4, 4)},
+    {name: x for name, x in visual(their_clip().state_dict()).items() if "1.bn1" not in name},
+    visual(their_clip().state_dict() | {"layer2.1.more": torch.zeros(1)}),
 ], ids=["empty", "bart", "vision transformer", "missing", "extra"])
 def test_weights_that_are_no_clip_resnet_are_refused(tmp_path, weights):
     torch.save(weights, tmp_path / "RN.pt")
@@ -515,13 +626,14 @@ def test_weights_that_are_no_clip_resnet_are_refused(tmp_path, weights):
 
 def pooled_as_openai(pool, grid, positions):
     """The attention pool of OpenAI's clip/model.py, with positions [1 + H W, C]."""
-    x = grid.flatten(2).permute(2, 0, 1)                                                    # [H W, B, C]
+    x = grid.flatten(2).permute(2, 0, 1)  # [H W, B, C]
     x = torch.cat([x.mean(0, keepdim=True), x]) + positions[:, None]
     bias = torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias])
     x, _ = F.multi_head_attention_forward(
-        x[:1], x, x, x.size(-1), pool.heads, None, bias, None, None, False, 0.0, pool.c_proj.weight, pool.c_proj.bias, training=False,
-        need_weights=False, use_separate_proj_weight=True, q_proj_weight=pool.q_proj.weight, k_proj_weight=pool.k_proj.weight,
-        v_proj_weight=pool.v_proj.weight)
+        x[:1], x, x, x.size(-1), pool.heads, None, bias, None, None, False, 0.0,
+        pool.c_proj.weight, pool.c_proj.bias, training=False, need_weights=False,
+        use_separate_proj_weight=True, q_proj_weight=pool.q_proj.weight,
+        k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight)
     return x[0]
 
 
@@ -537,16 +649,38 @@ def test_a_larger_picture_is_pooled_with_resized_positions():
     assert grid.shape == (2, 256, 3, 5)
     top, bottom = torch.randn(2, 256)
     pool.positional_embedding[1:] = torch.stack([top, top, bottom, bottom])
-    middle = (top + bottom) / 2                                     # between two rows, by symmetry of any interpolation
+    middle = (top + bottom) / 2  # between two rows, by symmetry of any interpolation
     resized = pool.positions(3, 5)
     assert torch.equal(resized[0], pool.positional_embedding[0])
     assert distance(resized[6:11], middle.expand(5, -1)) < 1e-5
-    assert distance(resized[1], resized[2:6]) < 1e-5 and distance(resized[11:16], resized[11:12]) < 1e-5
-    assert (resized[1] - top).norm() < (resized[1] - middle).norm() and (resized[11] - bottom).norm() < (resized[11] - middle).norm()
+    assert distance(resized[1], resized[2:6]) < 1e-5
+    assert distance(resized[11:16], resized[11:12]) < 1e-5
+    assert (resized[1] - top).norm() < (resized[1] - middle).norm()
+    assert (resized[11] - bottom).norm() < (resized[11] - middle).norm()
     assert distance(pool(grid), pooled_as_openai(pool, grid, resized)) < 1e-5
 
 
-# ---- what must not matter, and what must --------------------------------------------------------------------------
+@torch.no_grad()
+def test_pictures_are_normalised_and_pooled():
+    """encode_images and encode_frames, step by step as OpenAI's preprocessing and VL-T5's pool."""
+    encoder = CLIPResNet((1, 1, 1, 1), width=8, side=7, output_dim=16).eval()
+    pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    grid = encoder((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
+    windows = grid.unfold(2, 2, 1).unfold(3, 2, 1).amax((-1, -2))  # [2, 256, 6, 6]
+    images, frames = encoder.encode_images(pixels), encoder.encode_frames(pixels)
+    assert images.shape == (2, 36, 256) and frames.shape == (2, 16)
+    assert distance(images, windows.flatten(2).transpose(1, 2)) < 1e-5
+    assert distance(frames, encoder.attnpool(grid)) < 1e-5
+
+
+# ---- what must not matter, and what must ---------------------------------------------------------
+
+def batch(base=TINY, pictures=1):
+    """ids, features and labels of six examples."""
+    return questions(6, pad=base.pad), torch.randn(6, pictures, 4, 8), questions(6, 5)
+
 
 BOTH = pytest.mark.parametrize("base", [TINY, TINY_T5], ids=["bart", "t5"])
 
@@ -554,37 +688,41 @@ BOTH = pytest.mark.parametrize("base", [TINY, TINY_T5], ids=["bart", "t5"])
 @BOTH
 @torch.no_grad()
 def test_padding_changes_nothing(base):
-    model, ids, features, labels = our_model(base=base), questions(6, pad=base.pad), torch.randn(6, 1, 4, 8), questions(6, 5)
-    assert distance(model(F.pad(ids, (0, 7), value=base.pad), features, labels), model(ids, features, labels)) < 1e-5
+    model, (ids, features, labels) = our_model(base=base), batch(base)
+    longer = F.pad(ids, (0, 7), value=base.pad)
+    assert distance(model(longer, features, labels), model(ids, features, labels)) < 1e-5
+    memory, mask = model.encode(ids, features)
+    assert not memory[~mask[:, 0, 0]].any() and memory[mask[:, 0, 0]].abs().min() > 0
 
 
 @BOTH
 def test_a_batch_learns_what_its_examples_learn_alone(base):
-    """Loss and gradients of a padded batch, which is packed, are the means of those of each example cut to its length."""
-    model, ids, features = our_model(base=base).double(), questions(6, pad=base.pad), torch.randn(6, 1, 4, 8).double()
-    labels, weights = questions(6, 5), torch.rand(6).double()
+    """Loss and gradients of a batch are the means of those of each example cut to its length."""
+    model, (ids, features, labels) = our_model(base=base).double(), batch(base)
+    features, weights = features.double(), torch.rand(6).double()
     for row, length in enumerate([5, 1, 3, 4, 2, 5]):
         labels[row, length:] = -100
     model.loss(ids, features, labels, weights).backward()
     together = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     for i in range(6):
-        alone = ids[i][ids[i] != base.pad][None], features[i:i + 1], labels[i][labels[i] != -100][None], weights[i:i + 1]
-        (model.loss(*alone) / 6).backward()
+        text, answer = ids[i][ids[i] != base.pad], labels[i][labels[i] != -100]
+        loss = model.loss(text[None], features[i:i + 1], answer[None])
+        (loss * weights[i] / 6).backward()
     assert distance(torch.cat([p.grad.flatten() for p in model.parameters()]), together) < 1e-6
 
 
 @BOTH
 def test_bfloat16_gives_nearly_the_same_loss(base, recwarn):
     """Losses to 2 %, gradients to 10 % of their length."""
-    model, ids, features = our_model(base=base), questions(6, pad=base.pad), torch.randn(6, 1, 4, 8)
+    model, (ids, features, labels) = our_model(base=base), batch(base)
     for parameter in model.parameters():
-        parameter.data *= 0.5 if parameter.ndim > 1 else 1          # bfloat16 has eight bits: large scores are all its fault
+        parameter.data *= 0.5 if parameter.ndim > 1 else 1  # large scores need more bits
     losses, gradients = [], []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            losses.append(model.loss(ids, features, questions(6, 5), torch.ones(6)))
-            assert generate(model, ids, features, beams=2, max_length=5).size(1) <= 5
+            losses.append(model.loss(ids, features, labels))
+            assert model.answer(ids, features, beams=2, max_length=5).size(1) <= 5
         model.zero_grad()
         losses[-1].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -597,7 +735,9 @@ def test_bfloat16_gives_nearly_the_same_loss(base, recwarn):
 @torch.no_grad()
 def test_only_a_prenorm_stack_ends_with_dropout(base):
     model = our_model(base=base, dropout=0.3).train()
-    dropped = (model.encode(questions(6, pad=base.pad), torch.randn(6, 1, 4, 8))[0] == 0).float().mean()
+    ids, features, _ = batch(base)
+    memory, mask = model.encode(ids, features)
+    dropped = (memory[mask[:, 0, 0]] == 0).float().mean()
     assert abs(dropped - (0.3 if base.prenorm else 0)) < 0.05
 
 
@@ -605,26 +745,30 @@ def test_only_a_prenorm_stack_ends_with_dropout(base):
 def test_relative_positions_matter_to_words_and_not_to_visual_tokens():
     model = our_model(base=TINY_T5)
     mask, at = torch.ones(1, 1, 1, 9, dtype=torch.bool), torch.arange(5)
-    mask[..., 4] = False                                            # five words, the last one padding, and four visual tokens
+    mask[..., 4] = False  # five words, the last one padding, and four visual tokens
     bias = model.encoder.positions.bias(mask, at, at)
     assert bias.shape == (1, 4, 9, 9) and not bias[..., 5:].any() and not bias[..., 5:, :4].any()
-    assert (bias[..., 4] == -torch.inf).all() and len(bias[0, 0, :5, :4].unique()) == 8     # distances -3 to 4
+    assert (bias[..., 4] == -torch.inf).all()
+    assert len(bias[0, 0, :5, :4].unique()) == 8  # distances -3 to 4
     causal = model.decoder.positions.bias(at <= at[:, None], at, at)
-    one = model.decoder.positions.bias(at <= at[2:3, None], at[2:3], at)                    # as with a cache, at step 2
+    step = at[2:3]  # as with a cache
+    one = model.decoder.positions.bias(at <= step[:, None], step, at)
     assert torch.equal(one[:, 0], causal[:, 2]) and (causal[:, 0, 1:] == -torch.inf).all()
 
 
 @torch.no_grad()
 def test_labels_behind_the_end_change_no_loss():
-    model, ids, features, labels = our_model(), questions(6), torch.randn(6, 1, 4, 8), questions(6, 5)
-    labels[labels == PAD], weights = -100, torch.rand(6)
+    model, (ids, features, labels), weights = our_model(), batch(), torch.rand(6)
+    labels[labels == PAD] = -100
+    loss = model.loss(ids, features, labels, weights)
     longer = F.pad(labels, (0, 4), value=-100)
-    assert distance(model.loss(ids, features, longer, weights), model.loss(ids, features, labels, weights)) < 1e-5
+    assert distance(model.loss(ids, features, longer, weights), loss) < 1e-5
 
 
 @torch.no_grad()
 def test_future_words_change_nothing():
-    model, ids, features, labels = our_model(), questions(6), torch.randn(6, 1, 4, 8), torch.randint(3, VOCAB, (6, 8))
+    model, (ids, features, _) = our_model(), batch()
+    labels = torch.randint(3, VOCAB, (6, 8))
     other = labels.clone()
     other[:, 3:] = torch.randint(3, VOCAB, (6, 5))
     one, two = model(ids, features, labels), model(ids, features, other)
@@ -633,37 +777,42 @@ def test_future_words_change_nothing():
 
 @torch.no_grad()
 def test_the_cache_changes_nothing():
-    model, ids, features = our_model(forced_last=END), questions(), torch.randn(50, 2, 4, 8)
+    model, ids, features = our_model(forced_eos=END), questions(), torch.randn(50, 2, 4, 8)
     memory, mask = model.encode(ids, features)
     words = torch.full((50, 1), END)
     while words.size(1) < 12:
-        best = model.logits(model.decode(words, memory, mask))[:, -1].argmax(-1) if words.size(1) < 11 else torch.full((50,), END)
+        best = model.logits(model.decode(words, memory, mask))[:, -1].argmax(-1)
+        if words.size(1) == 11:
+            best[:] = END  # forced
         ended = (words[:, 1:] == END).any(1)
         words = torch.cat([words, best.masked_fill(ended, PAD)[:, None]], 1)
-    said = generate(model, ids, features, beams=1, max_length=12)
-    assert len(said.unique(dim=0)) > 20 and F.pad(said, (0, 12 - said.size(1)), value=PAD).tolist() == words.tolist()
+    said = model.answer(ids, features, beams=1, max_length=12)
+    assert len(said.unique(dim=0)) > 20
+    assert F.pad(said, (0, 12 - said.size(1)), value=PAD).tolist() == words.tolist()
 
 
 @BOTH
 @torch.no_grad()
 def test_a_compiled_decoding_step_says_the_same(base):
-    """And a handful of graphs are enough for all shapes; from eight on the compiler would give up in silence."""
+    """And a handful of graphs are enough for all shapes; from eight on the compiler gives up."""
     torch._dynamo.reset()
     model, counter, lengths = our_model(base=base), CompileCounter(), set()
-    model.logits_bias[base.end] = 4 if base is TINY else 1  # answers end at different steps, and the search gets smaller
+    # Answers end at different steps, so that the search gets smaller.
+    model.logits_bias[base.eos] = 4 if base is TINY else 1
     decode = torch.compile(model.decode, backend=counter, dynamic=True)
     for rows, pictures in (6, 1), (3, 1), (5, 2), (7, 1):
         ids, features = questions(rows, pad=base.pad), torch.randn(rows, pictures, 4, 8)
         for beams in 1, 5:
-            said = generate(model, ids, features, beams)
-            lengths.update((said == base.end)[:, 1:].int().argmax(1).tolist())
-            assert torch.equal(generate(model, ids, features, beams, decode=decode), said)
+            said = model.answer(ids, features, beams)
+            lengths.update((said == base.eos)[:, 1:].int().argmax(1).tolist())
+            assert torch.equal(model.answer(ids, features, beams, decode=decode), said)
     assert counter.frame_count <= 5 and len(lengths) > 3
 
 
 def test_dropout_keeps_nine_of_ten_and_the_mean():
     torch.manual_seed(0)
-    dropout, x = Dropout(0.1), torch.ones(400, 1001, requires_grad=True)                    # a number of no multiple of 4
+    dropout = Dropout(0.1)
+    x = torch.ones(401, 1001, requires_grad=True)  # their number is no multiple of 4
     y = dropout(x)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach()) and set(y.unique().tolist()) == {0.0, y.max().item()}
@@ -676,10 +825,10 @@ def test_dropout_keeps_nine_of_ten_and_the_mean():
 @pytest.mark.parametrize("base", [TINY, TINY_T5], ids=["bart", "t5"])
 @torch.no_grad()
 def test_the_attention_of_training_is_that_of_answering(base, monkeypatch):
-    """The plain form, which training takes on a CPU, against PyTorch's own; here with a dropout that drops nothing."""
-    model, ids, features = our_model(base=base, dropout=0.3), questions(6, pad=base.pad), torch.randn(6, 1, 4, 8)
+    """What training takes on a CPU, against PyTorch's own; with a dropout that drops nothing."""
+    model, (ids, features, _) = our_model(base=base, dropout=0.3), batch(base)
     memory, _ = model.eval().encode(ids, features)
-    monkeypatch.setattr(Dropout, "forward", lambda self, x: x)
+    monkeypatch.setattr(module, "drop", lambda x, p: x)
     assert distance(model.train().encode(ids, features)[0], memory) < 1e-5
 
 
@@ -689,15 +838,16 @@ def test_a_beam_as_wide_as_the_language_finds_the_best_sentence(penalty):
     """Three words, an end, and at most three of them: every sentence is scored one by one."""
     model = our_model(vocab_size=5, length_penalty=penalty).double()
     model.logits_bias[PAD] = -1e9
-    ids, features = torch.tensor([[0, 3, 4, 0], [3, 3, 1, 1], [4, 1, 1, 1], [0, 0, 4, 1]]), torch.randn(4, 1, 2, 8).double()
+    ids = torch.tensor([[0, 3, 4, 0], [3, 3, 1, 1], [4, 1, 1, 1], [0, 0, 4, 1]])
+    features = torch.randn(4, 1, 2, 8).double()
     sentences = [words for n in range(4) for words in itertools.product((0, 3, 4), repeat=n)]
 
     def score(words, memory, mask):
-        said = [END, *words] if len(words) == 3 else [END, *words, END]                     # cut, or ended
+        said = [END, *words] if len(words) == 3 else [END, *words, END]  # cut, or ended
         logs = model.logits(model.decode(torch.tensor([said]), memory, mask))[0].log_softmax(-1)
         return sum(logs[i, word] for i, word in enumerate(said[1:])) / (len(words) + 1) ** penalty
 
-    for row, said in zip(range(4), generate(model, ids, features, beams=27, max_length=4).tolist()):
+    for row, said in zip(range(4), model.answer(ids, features, beams=27, max_length=4).tolist()):
         memory = model.encode(ids[row:row + 1], features[row:row + 1])
         best = max(sentences, key=lambda words: score(words, *memory))
         expected = [END, *best, END][:4]
@@ -706,22 +856,44 @@ def test_a_beam_as_wide_as_the_language_finds_the_best_sentence(penalty):
 
 @torch.no_grad()
 def test_the_order_of_two_pictures_matters_by_their_numbers():
-    model, ids, pictures = our_model(), questions(6), torch.randn(6, 2, 4, 8)
-    read = lambda: [model.encode(ids, x)[0][:, :9] for x in (pictures, pictures.flip(1))]   # what the words see
-    assert distance(*read()) > 0.01
-    model.visual.picture.weight[1] = model.visual.picture.weight[0]
-    assert distance(*read()) < 1e-5
+    model, (ids, pictures, _) = our_model(), batch(pictures=2)
+
+    def read(pictures):
+        return model.encode(ids, pictures)[0][:, :9]  # what the words see
+
+    assert distance(read(pictures), read(pictures.flip(1))) > 0.01
+    model.visual.image_order.weight[1] = model.visual.image_order.weight[0]
+    assert distance(read(pictures), read(pictures.flip(1))) < 1e-5
 
 
 @torch.no_grad()
 def test_visual_token_o_has_the_word_row_vocab_minus_1_minus_o():
-    model, ids, features, entering = our_model(), torch.full((2, 3), 5), torch.randn(2, 2, 6, 8), []
-    model.encoder.register_forward_pre_hook(lambda encoder, inputs: entering.append(inputs[0][:, 3:]))
+    model, ids, features = our_model(), torch.full((2, 3), 5), torch.randn(2, 2, 6, 8)
+    entering = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0][:, 3:]))
     model.encode(ids, features)
     for o in range(6):
-        model.words.weight[VOCAB - 1 - o] += 1
+        model.embed_tokens.weight[VOCAB - 1 - o] += 1
         model.encode(ids, features)
         moved = (entering[-1] - entering[-2]).unflatten(1, (2, 6))
         expected = torch.zeros_like(moved)
         expected[:, :, o] = 1
         assert torch.allclose(moved, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_likeliest_choice_is_told_by_the_first_token_that_differs():
+    model, (ids, features, _) = our_model(), batch()
+    choices = [[0, 9, 7, END], [0, 9, 8, 5, END], [0, 9, 6, END]]
+    memory, mask = model.encode(ids, features)
+    before = torch.tensor([[END, 0, 9]]).expand(6, -1)
+    best = model.logits(model.decode(before, memory, mask))[:, -1, [7, 8, 6]].argmax(1)
+    padded = torch.tensor([[END, *choice, PAD][:6] for choice in choices])
+    said = model.answer(ids, features, choices=choices)
+    assert said.tolist() == padded[best].tolist() and len(said.unique(dim=0)) > 1
+    assert model.answer(ids, features, choices=[[0, 9, END]] * 2).tolist() == [[END, 0, 9, END]] * 6
+
+
+def test_the_examples_in_the_docstrings():
+    result = doctest.testmod(module)
+    assert result.failed == 0 and result.attempted > 0

