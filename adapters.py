@@ -23,6 +23,8 @@ In formulas h is the hidden state at a site, d = d_model, r = d / reduction the 
 import math
 import os
 import re
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,8 +84,6 @@ class KroneckerLinear(nn.Module):
 
     def __init__(self, inputs, outputs, n, rank=None, shared_phm_rule=None):
         super().__init__()
-        if inputs % n or outputs % n:
-            raise AdapterError(f"n = {n} must divide both {inputs} and {outputs}")
         if rank is None:
             self.W = xavier(n, inputs // n, outputs // n)
         else:
@@ -373,6 +373,10 @@ def adapter(sites, reduction):
 
 
 def compacter(sites, reduction, n, shared_phm_rule, rank):
+    d = sites.d_model
+    r = bottleneck(d, reduction)
+    if d % n or r % n:
+        raise AdapterError(f"n = {n} must divide both {d} and {r}")
     rule = None
     if shared_phm_rule:
         rule = sites.model.phm_rule = phm_rule(n)
@@ -549,23 +553,19 @@ def install(model: nn.Module, method: str, d_model: int, tasks: Iterable[str],
     New weights take device and dtype of the model's first.
     AdapterError: something is unknown or of no use, or there is no empty site.
     """
-    names = method.split("+")
-    known(names, METHODS, "method")
+    check_method(method, sharing, sizes)
     known([backbone], ("bart", "t5"), "backbone")
-    for name in names:
-        known([sharing], METHODS[name].sharings, f"sharing of {name}")
-    rows = [METHODS[name] for name in names]
+    rows = [METHODS[name] for name in method.split("+")]
     defaults = [row.sizes | row.sizes_on.get(backbone, {}) for row in rows]
-    known(sizes, dict.fromkeys(name for own in defaults for name in own), f"size of {method}")
-    for own in defaults:
-        for name in own.keys() & sizes:
-            check_size(name, sizes[name], own[name])
     trains = [part for row in rows for part in row.trains] if trains is None else list(trains)
     known(trains, TRAINS, "part to train")
+    sites = None if sites is None else list(sites)
+    if sites == []:
+        raise AdapterError("sites are an empty list, expected words of their names, or None")
 
     old = set(model.parameters())
     first = next(model.parameters())
-    sites = Sites(model, d_model, list(tasks), sharing, None if sites is None else list(sites))
+    sites = Sites(model, d_model, list(tasks), sharing, sites)
     filled = 0
     for row, own in zip(rows, defaults):
         filled += row.fill(sites, **{name: sizes.get(name, own[name]) for name in own})
@@ -588,18 +588,30 @@ def known(names, allowed, what):
             raise AdapterError(f"unknown {what}: {name!r}; known are {allowed}")
 
 
-def check_size(name, size, default):
-    if name == "targets":
-        useful = isinstance(size, (list, tuple))
-    elif name in ("alpha", "dropout"):
-        useful = type(size) in (int, float) and 0 <= size < dict(alpha=math.inf, dropout=1)[name]
-    elif isinstance(default, bool):
-        useful = isinstance(size, bool)
-    else:
-        useful = type(size) is int and size > 0
-    if not useful and size != default:
-        like = 1 if default is None else default
-        raise AdapterError(f"the size {name} is {size!r}, expected one like {like!r}")
+def check_method(method: str, sharing: str, sizes: dict):
+    """Raises AdapterError: something is unknown, of another kind or too large."""
+    names = method.split("+")
+    known(names, METHODS, "method")
+    defaults = {}
+    for name in names:
+        known([sharing], METHODS[name].sharings, f"sharing of {name}")
+        defaults |= METHODS[name].sizes
+    if len(set(names)) < len(names):
+        raise AdapterError(f"the method {method} has one twice")
+    known(sizes, defaults, f"size of {method}")
+    for name, size in sizes.items():
+        default = defaults[name]
+        if name == "targets":
+            good = isinstance(size, (list, tuple)) and size and {*map(type, size)} == {str}
+        elif name in ("alpha", "dropout"):
+            good = type(size) in (int, float) and 0 <= size < dict(alpha=1e4, dropout=1)[name]
+        elif type(default) is bool:
+            good = type(size) is bool
+        else:
+            good = type(size) is int and 0 < size <= 4096  # more would fill the memory
+        if not good and (size, default) != (None, None):
+            like = 1 if default is None else default
+            raise AdapterError(f"the size {name} is {size!r}, expected one like {like!r}")
 
 
 def select(model: nn.Module, task: str):
@@ -669,37 +681,63 @@ def load(model: nn.Module, path: str | Path) -> dict:
     Nothing in the file is run, nothing is copied before all fits. AdapterError names the file and
     the weight that does not fit.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing") from None
-    except Exception as problem:
-        reason = " ".join(str(problem).split())[:120]
-        raise AdapterError(f"{path} is truncated or not a file of weights: {reason}") from None
+    if not Path(path).exists():
+        raise AdapterError(f"{path} is missing")
+    state = read_zip(path)
     weights = state.pop("weights", None) if isinstance(state, dict) else None
     if not isinstance(weights, dict):
         raise AdapterError(f"{path} is not a file of weights: it has no entry 'weights'")
 
     ours = saved_weights(model)
     for name in ours | weights:
-        saved = weights.get(name)
         if name not in weights:
             problem = "is missing"
         elif name not in ours:
             problem = "is not one this model would save"
-        elif (not isinstance(saved, torch.Tensor) or not saved.is_floating_point()
-              or saved.layout != torch.strided or saved.is_meta):
-            problem = "is not a tensor of floating-point numbers"
-        elif saved.shape != ours[name].shape:
-            problem = f"has the shape {list(saved.shape)}, expected {list(ours[name].shape)}"
-        elif not saved.to(ours[name].dtype).isfinite().all():
-            problem = "has numbers that are not finite"
         else:
-            continue
-        raise AdapterError(f"{path}: the weight {name!r} {problem}")
+            problem = misfit(weights[name], ours[name])
+        if problem:
+            raise AdapterError(f"{path}: the weight {name!r} {problem}")
     for name, weight in ours.items():
         weight.copy_(weights[name])
     return state
+
+
+def read_zip(path):
+    """What torch.save wrote, of a regular file that does not unpack to more."""
+    what = "truncated or not a file of weights"
+    try:
+        if not Path(path).is_file():
+            raise ValueError
+        with open(path, "rb") as file:
+            head = file.read(99).lstrip().lower()
+        if head.startswith(b"version https://git-lfs"):
+            what = "a Git LFS pointer, not the file itself: git lfs pull fetches it"
+        if head.startswith((b"<!doctype", b"<html")):
+            what = "a web page, not the file itself"
+        with zipfile.ZipFile(path) as parts:
+            if sum(part.file_size for part in parts.infolist()) > os.path.getsize(path):
+                raise ValueError
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as problem:
+        what = f"not readable: {problem.strerror}"
+    except Exception:  # whose text advises to load it unsafely
+        pass
+    raise AdapterError(f"{path} is {what}")
+
+
+def misfit(saved, ours: torch.Tensor) -> str:
+    """Why what was saved cannot be copied to `ours`, or ""."""
+    if (not isinstance(saved, torch.Tensor) or not saved.is_floating_point() or saved.is_nested
+            or saved.layout != torch.strided or saved.is_meta):
+        return "is not a tensor of floating-point numbers"
+    if saved.shape != ours.shape:
+        return f"has the shape {list(saved.shape)}, expected {list(ours.shape)}"
+    if not saved.to(ours.dtype).isfinite().all():
+        return "has numbers that are not finite"
+    return ""
 
 
 # ---- models of others ----

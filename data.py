@@ -10,18 +10,28 @@ Needs torch, numpy, pillow, tqdm, for videos av.
 """
 
 import argparse
+import codecs
+import hashlib
+import io
 import json
 import math
 import os
 import random
+import re
+import stat
 import sys
+import threading
+import warnings
+import zipfile
+from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
-from itertools import islice
+from functools import cache, partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from model import IMAGE_SIZE, VISUAL_SIDE, fold_norms, load_clip, token_indices
+from model import IMAGE_SIZE, VISUAL_SIDE, disguise, fold_norms, load_clip, token_indices
 from tokenizer import Tokenizer, vqa_normal_form
 
 
@@ -41,68 +51,251 @@ class DataError(ValueError):
     """The data cannot be used; the message names the file and what was expected."""
 
 
-def read_text(path: Path) -> str:
+def open_regular(path: Path):
+    """A file to read bytes of. Raises DataError: no pipe is waited for, no pointer taken for it."""
     try:
-        return path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        kind = os.stat(path).st_mode
     except FileNotFoundError:
         raise DataError(f"{path} is missing; data.py --data DIR says where to get it") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text") from None
+    if not stat.S_ISREG(kind):
+        raise DataError(f"{path} is not a regular file")
+    file = open(path, "rb")
+    if said := disguise(file.peek(200)[:200]):
+        file.close()
+        raise DataError(f"{path} {said}")
+    return file
 
 
-def parse_json(text: str, source: Path | str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise DataError(f"{source} is truncated or not JSON: {problem}") from None
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: Path):
-    return parse_json(read_text(path), path)
-
-
-def read_lines(path: Path) -> list:
-    """JSON lines, or one JSON list."""
-    content = read_text(path)
-    if content.lstrip().startswith("["):
-        return parse_json(content, path)
-    rows = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            rows.append(parse_json(line, f"{path}, line {number}"))
-    return rows
-
-
-def records(path: Path, *fields: str, key: str = "") -> list[dict]:
-    """The list under `key`, or else JSON lines; each record has the fields."""
-    foreign = f"{path} is of another data set"
-    if key:
-        content = read_json(path)
-        rows = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(rows, list):
-            raise DataError(f"{foreign}: expected an object with a list {key!r}")
-    else:
-        rows = read_lines(path)
-    where = f" of {key!r}" if key else ""
-    for row in rows:
-        missing = [name for name in fields if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise DataError(f"{foreign}: a record{where} has no {', '.join(missing)}")
-    return rows
+    with open_regular(path) as file:
+        return JSONFile(path, file).value()
 
 
 def write_atomically(path: Path, content: bytes):
-    """A killed process leaves the old file or the new one."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    """A killed process leaves the old file or the new one, and no process another's half."""
+    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     try:
         with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except OSError:
+    except OSError as problem:  # a full disk's has no name
         unfinished.unlink(missing_ok=True)
-        raise
+        raise OSError(problem.errno, problem.strerror, str(path)) from None
+
+
+BLOCK = 1 << 20  # bytes read at a time
+LONGEST_RECORD = 1 << 26  # characters
+LONGEST_TEXT = 10_000
+WHITE = re.compile(r"[ \t\n\r]*")
+DECODER = json.JSONDecoder()
+
+
+class JSONFile:
+    """JSON of any size, a value at a time: `text` from `at` on is read and not yet taken."""
+
+    def __init__(self, path: Path, file, bar=None):
+        self.path = path
+        self.file = file
+        self.bar = bar
+        self.digest = hashlib.sha256()
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text = ""
+        self.at = 0
+        self.ended = False
+        self.place = 0  # of the record: its number from 1 on, or its id
+
+    def more(self):
+        """Reads as much again as is there."""
+        block = self.file.read(max(BLOCK, len(self.text) - self.at))
+        self.ended = not block
+        self.digest.update(block)
+        if self.bar is not None:
+            self.bar.update(len(block))
+        try:
+            self.text = self.text[self.at:] + self.decoder.decode(block, self.ended)
+        except UnicodeDecodeError:
+            raise DataError(f"{self.path} is not UTF-8 text") from None
+        self.at = 0
+
+    def peek(self) -> str:
+        """The next character that is no white space, "" at the end."""
+        while True:
+            self.at = WHITE.match(self.text, self.at).end()
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at:self.at + 1]
+            self.more()
+
+    def value(self):
+        self.peek()
+        while True:
+            reason = ""
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text) or self.ended:  # else a number may go on
+                    self.at = end
+                    return value
+            except json.JSONDecodeError as problem:
+                reason = problem.msg
+            except (ValueError, RecursionError):
+                raise self.broken("nested too deeply, or a number is too long") from None
+            if self.ended or len(self.text) - self.at > LONGEST_RECORD:
+                raise self.broken(reason)
+            self.more()
+
+    def entries(self) -> Iterator[int | str]:
+        """The numbers of a list's values, or an object's names; who asks takes the values."""
+        end = {"[": "]", "{": "}"}[self.peek()]
+        self.at += 1
+        number = 0
+        while self.peek() != end:
+            number += 1
+            self.place = number
+            if end == "}":
+                self.place = self.value()
+                if fault(self.place, str) or self.peek() != ":":
+                    raise self.broken("expected a name and :")
+                self.at += 1
+            yield self.place
+            if self.peek() == ",":
+                self.at += 1
+            elif self.peek() != end:
+                raise self.broken(f"expected , or {end}")
+        self.at += 1
+
+    def records(self, key: str | None) -> Iterator[int | str]:
+        """The places of {key: [record, ...]}, of {id: record} (key is "") or of [record, ...] or
+        lines (None); who asks takes the records.
+        """
+        first = self.peek()
+        found = 0
+        if key and first == "{":
+            for name in self.entries():
+                if self.peek() != "[":
+                    self.value()
+                    continue
+                found += name == key
+                for place in self.entries():
+                    if name == key:
+                        yield place
+                    else:
+                        self.value()
+        elif not key and first == ("[" if key is None else "{"):
+            found = 1
+            yield from self.entries()
+        elif key is None:
+            found = 1
+            while self.peek():
+                self.place += 1
+                yield self.place
+        if found != 1:
+            form = f"an object with a list {key!r}" if key else "{id: record}"
+            raise DataError(f"{self.path} is empty or of another data set: expected {form}")
+        if self.peek():
+            raise self.broken("something stands behind its end")
+
+    def broken(self, reason: str) -> DataError:
+        place = f"record {self.place!s:.80}"
+        return DataError(f"{self.path} is truncated or not JSON: {place}, {reason}")
+
+
+ID = int | str
+KINDS = {str: f"text of at most {LONGEST_TEXT:,} whole characters", ID: "a number or text",
+         int: "a whole number from 0 on", int | float: "a number from 0 on"}
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def fault(value, kind) -> str:
+    """Where a value of JSON is not of a kind, and what is expected there; "" if it is.
+
+    A kind is one of KINDS, a set of values, [kind] of a list, {name: kind} of an object, {str:
+    kind} of one with any names, (kind, None) if there may be nothing.
+
+    >>> fault({"id": 3, "said": [{"text": 5}]}, {"id": int, "said": [{"text": str}]})
+    '.said[0].text should be text of at most 10,000 whole characters, but is 5'
+    """
+    if isinstance(kind, dict) and type(value) is dict:
+        if str in kind:
+            kind = dict.fromkeys(value, kind[str])
+            wrong = next(filter(None, (fault(name, str) for name in value)), "")
+            if wrong:
+                return f": each name{wrong}"
+        for name, inner in kind.items():
+            x = value.get(name)
+            if type(inner) is tuple:
+                if x is None:
+                    continue
+                inner = inner[0]
+            if inner is str and type(x) is str and len(x) < LONGEST_TEXT and x.isascii():
+                continue  # the commonest, and much faster
+            if wrong := fault(x, inner):
+                return f".{name}{wrong}"
+        return ""
+    if isinstance(kind, list) and type(value) is list:
+        for i, x in enumerate(value):
+            if wrong := fault(x, kind[0]):
+                return f"[{i}]{wrong}"
+        return ""
+
+    if isinstance(kind, set):
+        good = any(type(x) is type(value) and x == value for x in kind)
+    elif isinstance(kind, (dict, list)) or isinstance(value, bool):
+        good = False
+    elif isinstance(value, str):
+        good = isinstance(value, kind) and len(value) <= LONGEST_TEXT
+        good = good and not SURROGATE.search(value)
+    else:
+        good = isinstance(value, kind) and 0 <= value < 1 << 63
+    if good:
+        return ""
+    if isinstance(kind, set):
+        wish = "one of " + ", ".join(sorted(map(json.dumps, kind)))
+    else:
+        wish = {dict: "an object", list: "a list"}.get(type(kind)) or KINDS[kind]
+    is_a = {dict: "an object", list: "a list", type(None): "missing"}.get(type(value))
+    return f" should be {wish}, but is {is_a or json.dumps(value)[:60]}"
+
+
+class Files:
+    """The files of a folder, as readers ask for them. used: what they saw, None: nothing there."""
+
+    def __init__(self, data: Path, bar=None):
+        self.data = data
+        self.bar = bar
+        self.used = {}  # name -> sha256
+
+    def has(self, name: str) -> bool:
+        there = (self.data / name).exists()
+        if not there:
+            self.used[name] = None
+        return there
+
+    def records(self, name: str, kind, key: str | None = None) -> Iterator[tuple[int | str, dict]]:
+        """The records of a file with their places, each of a kind. Raises DataError."""
+        path = self.data / name
+        with open_regular(path) as file:
+            content = JSONFile(path, file, self.bar)
+            for place in content.records(key):
+                row = content.value()
+                self.check(name, place, row, kind)
+                yield place, row
+        self.used[name] = content.digest.hexdigest()
+
+    def check(self, name, place, row, kind):
+        if wrong := fault(row, kind):
+            raise self.error(name, place, wrong.lstrip(". "))
+
+    def error(self, name: str, place, what: str) -> DataError:
+        return DataError(f"{self.data / name}, record {place!s:.80}: {what}")
 
 
 # ---- the official files become examples ----
@@ -125,222 +318,282 @@ KARPATHY = {"karpathy_train": ("train", "restval"), "karpathy_val": ("val",),
             "karpathy_test": ("test",)}
 SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # of an answer that 0, 1, 2, 3, 4+ of ten gave
 
+# What records have; see `fault`.
+OPTIONAL = (str, None)
+PICTURE = {"cocoid": int, "filepath": str, "split": str}
+CAPTIONED = PICTURE | {"filename": str, "sentences": [{"sentid": int, "raw": str}]}
+VQA_QUESTION = {"question_id": int, "image_id": int, "question": str}
+VQA_ANNOTATION = {
+    "question_id": int, "image_id": int, "answers": [{"answer": str}],
+    "multiple_choice_answer": str, "question_type": OPTIONAL, "answer_type": OPTIONAL}
+GQA_QUESTION = {
+    "imageId": str, "question": str, "isBalanced": ({True, False}, None),
+    "types": ({"structural": OPTIONAL, "detailed": OPTIONAL}, None), "entailed": ([str], None)}
+STATEMENT = {"identifier": str, "sentence": str}
+VLT5_STATEMENT = {"identifier": str, "img0": str, "img1": str, "sent": str}
+VLT5_QUESTION = {
+    "question_id": ID, "img_id": ID, "sent": str, "question_type": OPTIONAL,
+    "answer_type": OPTIONAL, "answers": ([{"answer": str}], None)}
+SUBTITLES = {"vid_name": ID, "sub": [{"text": OPTIONAL}]}
+CHOICES = {"qid": ID, "q": str, "ts": str, "vid_name": ID, "show_name": OPTIONAL}
+MOMENT = {"clip_id": ID, "vid_name": ID, "ts": ([int | float], None)}
 
-def read_vqa(data: Path, split: str) -> list[Example]:
+
+def labelled(kind: dict, split: str, **labels) -> dict:
+    """Records of a kind with labels, which training needs and other splits may lack."""
+    if "train" not in split:
+        labels = {name: (label, None) for name, label in labels.items()}
+    return kind | labels
+
+
+def read_vqa(files: Files, *splits: str) -> Iterator[tuple[str, Example]]:
     """VQAv2: Karpathy's parts of train2014 and val2014, weighed by soft scores, or test2015."""
-    folder = data / "vqa"
-    asked = "v2_OpenEnded_mscoco_{}_questions.json"
-    if split == "test2015":
-        rows = read_by_id(folder / asked.format(split), "questions", "image_id", "question")
-        return [Example(number, (f"COCO_{split}_{r['image_id']:012d}",), r["question"], {})
-                for number, r in rows.items()]
+    asked = "vqa/v2_OpenEnded_mscoco_{}_questions.json"
+    wanted = {}  # Karpathy's part -> split
+    for split in splits:
+        converted = f"vqa/{split}.json"
+        if split == "test2015":
+            for _, r in files.records(asked.format(split), VQA_QUESTION, "questions"):
+                picture = f"COCO_{split}_{r['image_id']:012d}"
+                yield split, Example(r["question_id"], (picture,), r["question"], {})
+        elif files.has(converted) and not files.has(asked.format("train2014")):
+            yield from read_converted(files, converted, split, vqa=True)
+        else:
+            wanted |= dict.fromkeys(KARPATHY[split], split)
+    if not wanted:
+        return
 
-    converted = folder / f"{split}.json"
-    if converted.exists() and not (folder / asked.format("train2014")).exists():
-        return read_converted(converted, "label")
-
-    # The split's pictures, and in which year's folder they lie.
-    years = {}
-    coco = data / "COCO/dataset_coco.json"
-    for image in records(coco, "cocoid", "filepath", "split", key="images"):
-        if image["split"] in KARPATHY[split]:
-            years[image["cocoid"]] = image["filepath"]
+    # The split and the file of each picture.
+    pictures = {}
+    coco = "COCO/dataset_coco.json"
+    for _, r in files.records(coco, PICTURE, "images"):
+        name = f"COCO_{r['filepath']}_{r['cocoid']:012d}"
+        pictures[r["cocoid"]] = wanted.get(r["split"]), name
 
     # Of both years, for what may be learned is counted over all.
-    questions, annotations = {}, {}
-    for year in ("train2014", "val2014"):
-        given = folder / f"v2_mscoco_{year}_annotations.json"
-        questions |= read_by_id(folder / asked.format(year), "questions", "image_id", "question")
-        annotations |= read_by_id(given, "annotations", "image_id", "answers",
-                                  "multiple_choice_answer")
-        odd = questions.keys() ^ annotations.keys()
-        if odd:
-            raise DataError(f"{folder}: the questions and annotations of {year} do not match; "
-                            f"question {min(odd)} is in one only")
-    vocabulary = vqa_vocabulary(folder, annotations.values())
+    questions = {}  # id -> (picture's id,), of those wanted with text, types and ten answers
+    common = Counter()
+    same = {}  # answer -> itself, for one is given many times
+    for year in "train2014", "val2014":
+        file = asked.format(year)
+        for place, r in files.records(file, VQA_QUESTION, "questions"):
+            number, image = r["question_id"], r["image_id"]
+            if number in questions:
+                raise files.error(file, place, f"question_id {number} is there twice")
+            if image not in pictures:
+                raise files.error(file, place, f"image_id {image} is none of {coco}")
+            questions[number] = image, r["question"] if pictures[image][0] else ""
 
-    examples = []
-    for number, question in questions.items():
-        image = question["image_id"]
-        if image in years:
-            r = annotations[number]
-            people = [answer["answer"] for answer in r["answers"]]
+        given = f"vqa/v2_mscoco_{year}_annotations.json"
+        for place, r in files.records(given, VQA_ANNOTATION, "annotations"):
+            number, image = r["question_id"], r["image_id"]
+            question = questions.get(number, ())
+            if len(question) != 2:
+                raise files.error(given, place, f"question_id {number} is there twice, or {file} "
+                                  "has no such one: they do not match")
+            if question[0] != image:
+                raise files.error(given, place, f"image_id {image} is {question[0]} in {file}")
+            common[r["multiple_choice_answer"]] += 1
+            questions[number] = image,
+            if pictures[image][0]:
+                people = [same.setdefault(x["answer"], x["answer"]) for x in r["answers"]]
+                types = [r.get(name) or "" for name in ("question_type", "answer_type")]
+                types = [same.setdefault(name, name) for name in types]
+                questions[number] = *question, *types, tuple(people)
+        for number, question in questions.items():
+            if len(question) == 2:
+                raise files.error(file, number, f"it is not in {given}: they do not match")
+
+    # Learned is what the list names, or what is common.
+    source = "vqa/trainval_ans2label.json"
+    if files.has(source):
+        vocabulary = {answer for answer, _ in files.records(source, int, "")}
+    else:
+        source = given
+        vocabulary = vqa_vocabulary(common)
+    learned = False
+    for number, (image, *more) in questions.items():
+        if more:
+            text, kind, answer_type, people = more
+            split, picture = pictures[image]
             answers = {answer: SOFT_SCORES[min(count, 4)]
                        for answer, count in Counter(people).items() if answer in vocabulary}
-            examples.append(Example(
-                number, (f"COCO_{years[image]}_{image:012d}",), question["question"], answers,
-                r.get("question_type", ""),
-                {"answers": people, "type": r.get("answer_type", "")}))
-    return examples
+            learned |= bool(answers) and split == "karpathy_train"
+            truth = {"answers": list(people), "type": answer_type}
+            yield split, Example(number, (picture,), text, answers, kind, truth)
+    if not learned and "karpathy_train" in wanted.values():
+        raise DataError(f"{files.data / source}: none of the answers given may be learned")
 
 
-def read_by_id(path: Path, key: str, *fields: str) -> dict[int, dict]:
-    rows = records(path, "question_id", *fields, key=key)
-    found = {row["question_id"]: row for row in rows}
-    if len(found) < len(rows):
-        raise DataError(f"{path} has {len(rows) - len(found):,} question_ids twice")
-    return found
+def vqa_vocabulary(common: Counter[str]) -> set[str]:
+    """The 3,129 answers, in normal form, that are the commonest of nine questions or more.
 
-
-def vqa_vocabulary(folder: Path, annotations: Iterable[dict]) -> set[str]:
-    """What may be learned: trainval_ans2label.json, or the 3,129 answers, in normal form, that are
-    the commonest of nine questions or more. Everybody takes these and the soft scores:
+    Everybody takes these, as trainval_ans2label.json, and the soft scores:
     https://github.com/hengyuan-hu/bottom-up-attention-vqa/blob/978f6d6/tools/compute_softscore.py
     """
-    listed = folder / "trainval_ans2label.json"
-    if listed.exists():
-        return set(read_json(listed))
-    counts = Counter(vqa_normal_form(r["multiple_choice_answer"]).replace(",", "")
-                     for r in annotations)
+    counts = Counter()
+    for answer, count in common.items():
+        counts[vqa_normal_form(answer).replace(",", "")] += count
     return {answer for answer, count in counts.items() if count >= 9}
 
 
-def read_gqa(data: Path, split: str) -> list[Example]:
+def read_gqa(files: Files, *splits: str) -> Iterator[tuple[str, Example]]:
     """GQA: balanced questions of parts ("train,val"), or all of one ("testdev_all") if there."""
-    folder = data / "GQA"
-    examples = []
-    for part in split.split(","):
-        name = part.removesuffix("_all")
-        path = folder / f"{name}_balanced_questions.json"
-        every = folder / f"{name}_all_questions.json"
-        if part != name and (every.exists() or not path.exists()):
-            path = every
-        theirs = {"val": "valid", "submission": "submit"}.get(name, name)
-        converted = folder / f"{theirs}.json"
-        if converted.exists() and not path.exists():
-            examples += read_converted(converted)
-            continue
-
-        questions = read_json(path)
-        foreign = DataError(f"{path} is not GQA's: expected {{id: {{imageId, question, ...}}}}")
-        if not isinstance(questions, dict):
-            raise foreign
-        for number, r in questions.items():
-            if not isinstance(r, dict) or not {"imageId", "question"} <= r.keys():
-                raise foreign
-            answers = {r["answer"]: 1.0} if "answer" in r else {}
-            types = r.get("types") or {}
-            truth = {"answer": r.get("answer"), "structural": types.get("structural", ""),
-                     "balanced": r.get("isBalanced", True), "entailed": r.get("entailed", ())}
-            examples.append(Example(number, (r["imageId"],), r["question"], answers,
-                                    types.get("detailed", ""), truth))
-    return examples
+    for split in splits:
+        for part in split.split(","):
+            name = part.removesuffix("_all")
+            file = f"GQA/{name}_balanced_questions.json"
+            every = f"GQA/{name}_all_questions.json"
+            if part != name and (files.has(every) or not files.has(file)):
+                file = every
+            theirs = {"val": "valid", "submission": "submit"}.get(name, name)
+            converted = f"GQA/{theirs}.json"
+            if files.has(converted) and not files.has(file):
+                yield from read_converted(files, converted, split)
+            else:
+                for example in read_gqa_file(files, file, split):
+                    yield split, example
 
 
-def read_nlvr(data: Path, split: str) -> list[Example]:
-    """NLVR2: statements on two pictures, left and right. original: nlvr_clip_data.py#L156"""
-    path = data / f"nlvr/{split}.json"
-    theirs = {"dev": "valid", "test1": "test"}.get(split, split)
-    converted = data / f"nlvr/{theirs}.json"
-    if converted.exists() and not path.exists():
-        path = converted
-    rows = records(path, "identifier")
-    vlt5 = bool(rows) and "sent" in rows[0]  # train.json may be of either form
-    labels = {"True": "true", "False": "false", 1: "true", 0: "false", None: None}
-    examples = []
-    for r in rows:
-        number = r["identifier"]
-        pair = number.rpartition("-")[0]  # split-set-pair; the sentence's number goes
-        pictures = (r["img0"], r["img1"]) if vlt5 else (f"{pair}-img0", f"{pair}-img1")
-        sentence = r.get("sent" if vlt5 else "sentence")
-        answer = labels.get(r.get("label"), "")
-        if not sentence or answer == "":
-            raise DataError(f"{path}: {number} should have a sentence and a label True or False")
-        answers = {answer: 1.0} if answer else {}
-        examples.append(Example(number, pictures, sentence, answers, truth={"answer": answer}))
-    return examples
+def read_gqa_file(files, file, split):
+    balanced = labels = 0
+    for number, r in files.records(file, labelled(GQA_QUESTION, split, answer=str), ""):
+        answer = r.get("answer")
+        types = r.get("types") or {}
+        truth = {"answer": answer, "structural": types.get("structural") or "",
+                 "balanced": r.get("isBalanced") is not False, "entailed": r.get("entailed") or ()}
+        balanced += truth["balanced"]
+        labels += answer is not None
+        answers = {} if answer is None else {answer: 1.0}
+        yield Example(number, (r["imageId"],), r["question"], answers,
+                      types.get("detailed") or "", truth)
+    if labels and not balanced:
+        raise DataError(f"{files.data / file}: isBalanced is false of all questions, and the score "
+                        "is of balanced ones")
 
 
-def read_converted(path: Path, *fields: str) -> list[Example]:
+def read_nlvr(files: Files, *splits: str) -> Iterator[tuple[str, Example]]:
+    """NLVR2: statements on two pictures, left and right. original: nlvr_clip_data.py#L156
+
+    train.json may be the official one or VL-T5's.
+    """
+    labels = {"True": "true", "False": "false", 1: "true", 0: "false"}
+    for split in splits:
+        file = f"nlvr/{split}.json"
+        theirs = {"dev": "valid", "test1": "test"}.get(split, split)
+        converted = f"nlvr/{theirs}.json"
+        if files.has(converted) and not files.has(file):
+            file = converted
+        for place, r in files.records(file, {}):
+            vlt5 = "sent" in r
+            kind = VLT5_STATEMENT if vlt5 else STATEMENT
+            files.check(file, place, r, labelled(kind, split, label={*labels}))
+            number = r["identifier"]
+            if not re.fullmatch(".+-.+-.+-.+", number) and not (vlt5 and split == "train"):
+                raise files.error(file, place, f"identifier should be split-set-pair-sentence, by "
+                                  f"which the score groups pairs, but is {number!r:.80}")
+            pair = number.rpartition("-")[0]  # the sentence's number goes
+            pictures = (r["img0"], r["img1"]) if vlt5 else (f"{pair}-img0", f"{pair}-img1")
+            answer = labels.get(r.get("label"))
+            answers = {answer: 1.0} if answer else {}
+            yield split, Example(number, pictures, r["sent" if vlt5 else "sentence"], answers,
+                                 truth={"answer": answer})
+
+
+def read_converted(files: Files, file: str, split: str,
+                   vqa: bool = False) -> Iterator[tuple[str, Example]]:
     """VL-T5's VQAv2 or GQA, where official files are absent.
 
     original: vqa_clip_data.py#L154, gqa_clip_data.py#L361
     """
-    examples = []
-    for r in records(path, "sent", "question_id", "img_id", *fields):
+    learned = False
+    for _, r in files.records(file, labelled(VLT5_QUESTION, split, label={str: int | float})):
         label = r.get("label") or {}  # {answer: weight}
+        learned |= any(label.values())
         truth = {"answer": max(label, key=label.get, default=None)}
-        if "label" in fields:  # VQAv2's, with the answers of ten people
-            people = [answer["answer"] for answer in r.get("answers", ())]
-            truth = {"answers": people, "type": r.get("answer_type", "")}
-        examples.append(Example(r["question_id"], (str(r["img_id"]),), r["sent"], label,
-                                r.get("question_type", ""), truth))
-    return examples
+        if vqa:  # with the answers of ten people
+            people = [answer["answer"] for answer in r.get("answers") or ()]
+            truth = {"answers": people, "type": r.get("answer_type") or ""}
+        yield split, Example(r["question_id"], (str(r["img_id"]),), r["sent"], label,
+                             r.get("question_type") or "", truth)
+    if not learned and "train" in split:
+        raise DataError(f"{files.data / file}: nothing can be learned, every label is empty or 0")
 
 
-def read_captions(data: Path, split: str) -> list[Example]:
+def read_captions(files: Files, *splits: str) -> Iterator[tuple[str, Example]]:
     """COCO: for training one example a caption; elsewhere one a picture, with all.
 
     Splits are Karpathy's and, for the server, val2014 and test2014.
     original: caption_clip_data.py#L94
     """
-    if split == "test2014":
-        path = data / "COCO/image_info_test2014.json"
-        return [Example(r["id"], (Path(r["file_name"]).stem,), "", {})
-                for r in records(path, "id", "file_name", key="images")]
-    examples = []
-    fields = ("cocoid", "filename", "filepath", "split", "sentences")
-    for r in records(data / "COCO/dataset_coco.json", *fields, key="images"):
-        if r["split"] not in KARPATHY.get(split, ()) and r["filepath"] != split:
-            continue
+    if "test2014" in splits:
+        kind = {"id": int, "file_name": str}
+        for _, r in files.records("COCO/image_info_test2014.json", kind, "images"):
+            yield "test2014", Example(r["id"], (Path(r["file_name"]).stem,), "", {})
+    if {*splits} == {"test2014"}:
+        return
+    for _, r in files.records("COCO/dataset_coco.json", CAPTIONED, "images"):
         pictures = (Path(r["filename"]).stem,)
         captions = [(s["sentid"], s["raw"].strip()) for s in r["sentences"]]
-        if split == "karpathy_train":
-            for number, caption in captions:
-                examples.append(Example(number, pictures, "", {caption: 1.0}))
-        else:
-            truth = {"references": [caption for _, caption in captions]}
-            examples.append(Example(r["cocoid"], pictures, "", {}, truth=truth))
-    return examples
+        for split in splits:
+            if r["split"] not in KARPATHY.get(split, ()) and r["filepath"] != split:
+                continue
+            if split == "karpathy_train":
+                for number, caption in captions:
+                    yield split, Example(number, pictures, "", {caption: 1.0})
+            else:
+                truth = {"references": [caption for _, caption in captions]}
+                yield split, Example(r["cocoid"], pictures, "", {}, truth=truth)
 
 
-def read_choices(choices: int, task: str, videos: str, data: Path, split: str) -> list[Example]:
+def read_choices(choices: int, task: str, videos: str, files: Files,
+                 *splits: str) -> Iterator[tuple[str, Example]]:
     """TVQA and How2QA. A moment "NaN-NaN" stays that, as in the original."""
     names = [f"a{i}" for i in range(choices)]
-    examples = []
-    for r, video in value_records(task, videos, data, split, "qid", "q", "ts", *names):
-        right = f"a{r['answer_idx']}" if "answer_idx" in r else None
-        if right and right not in names:
-            raise DataError(f"{task}'s {split}: {r['qid']} has the answer_idx {r['answer_idx']!r}, "
-                            "not one of its answers")
-        examples.append(Example(
+    kind = CHOICES | dict.fromkeys(names, str)
+    labels = {"answer_idx": {*range(choices)}}
+    for split, place, r, video in value_records(task, videos, files, splits, kind, labels):
+        right = r.get("answer_idx")
+        right = None if right is None else names[right]
+        yield split, Example(
             r["qid"], text=choose_from(r["q"], r["ts"], [r[name] for name in names]),
             answers={right: 1.0} if right else {}, kind=" ".join(r["q"].split()[:2]).lower(),
-            truth={"answer": right, "show": r.get("show_name") or ""}, **video))
-    return examples
+            truth={"answer": right, "show": r.get("show_name") or ""}, **video)
 
 
-def read_moments(task: str, videos: str, data: Path, split: str) -> list[Example]:
+def read_moments(task: str, videos: str, files: Files,
+                 *splits: str) -> Iterator[tuple[str, Example]]:
     """TVC and YC2C: for training one example a description; elsewhere one a clip, with all.
 
     original: video/tvc_data.py#L108
     """
-    examples = []
-    for r, video in value_records(task, videos, data, split, "clip_id"):
-        text = f"[TS] ({r['ts']})" if "ts" in r else ""
-        told = r.get("descs", ())
+    labels = {"descs": [{"desc": str, "desc_id": ID}]}
+    for split, place, r, video in value_records(task, videos, files, splits, MOMENT, labels):
+        ts = r.get("ts")
+        text = "" if ts is None else f"[TS] ({ts})"
+        told = r.get("descs") or ()
         if not split.startswith("train"):
             truth = {"references": [d["desc"] for d in told], "video": video["pictures"][0],
-                     "ts": r.get("ts")}
-            examples.append(Example(r["clip_id"], text=text, answers={}, truth=truth, **video))
-        elif told:
-            for d in told:
-                answers = {d["desc"].strip(): 1.0}
-                examples.append(Example(d["desc_id"], text=text, answers=answers, **video))
-        else:
-            raise DataError(f"{task}'s {split}: clip {r['clip_id']} has no descriptions")
-    return examples
+                     "ts": ts}
+            yield split, Example(r["clip_id"], text=text, answers={}, truth=truth, **video)
+        elif not told:
+            raise files.error(f"video/ann/{task}/{task}_{split}.jsonl", place,
+                              "it has no descriptions, descs is empty")
+        for d in told if split.startswith("train") else ():
+            yield split, Example(d["desc_id"], text=text, answers={d["desc"].strip(): 1.0}, **video)
 
 
-def value_records(task, videos, data, split, *fields):
-    """VALUE's records, each with what an Example says of its video."""
-    folder = data / "video/ann"
+def value_records(task, videos, files, splits, kind, labels):
+    """VALUE's records, each with its split, its place and what an Example says of its video."""
     said = {}
-    for r in records(folder / f"{videos}_subtitles.jsonl", "vid_name", "sub"):
-        said[str(r["vid_name"])] = " ".join(line.get("text", "").strip() for line in r["sub"])
-    for r in records(folder / task / f"{task}_{split}.jsonl", *fields, "vid_name"):
-        video = str(r["vid_name"])
-        yield r, {"pictures": (video,), "subtitles": said.get(video, "")}
+    for _, r in files.records(f"video/ann/{videos}_subtitles.jsonl", SUBTITLES):
+        lines = [(line.get("text") or "").strip() for line in r["sub"]]
+        said[str(r["vid_name"])] = " ".join(lines)
+    for split in splits:
+        file = f"video/ann/{task}/{task}_{split}.jsonl"
+        for place, r in files.records(file, labelled(kind, split, **labels)):
+            video = str(r["vid_name"])
+            yield split, place, r, {"pictures": (video,), "subtitles": said.get(video, "")}
 
 
 def choose_from(question: str, moment: str, choices: Iterable[str]) -> str:
@@ -358,7 +611,7 @@ class Task:
     text: int  # most tokens, with subtitles
     answer: int  # most tokens
     batch: float  # relative to --batch
-    read: Callable[[Path, str], list[Example]]  # of (data, split)
+    read: Callable[..., Iterator]  # of (files, *splits): (split, Example) as they come
     train: str
     validation: str
     test: str
@@ -442,29 +695,29 @@ TASKS = {
 }
 
 
-def read_examples(data: str | Path, task: str, split: str) -> list[Example]:
-    """The examples of a split. Raises DataError for missing, broken, empty or doubtful files."""
-    place = f"{task}'s {split} below {data}"
-    try:
-        examples = TASKS[task].read(Path(data), split)
-        if not examples:
+def stream_examples(files: Files, task: str, *splits: str) -> Iterator[tuple[str, Example]]:
+    """The examples of splits, each with its split, as they are read.
+
+    Raises DataError for missing, broken, empty or doubtful files.
+    """
+    hashes = {split: array("q") for split in splits}
+    for split, e in TASKS[task].read(files, *splits):
+        hashes[split].append(hash(e.id))
+        yield split, e
+    for split in splits:
+        place = f"{task}'s {split} below {files.data}"
+        if not hashes[split]:
             raise DataError(f"{place} has no examples")
-        number, count = Counter(e.id for e in examples).most_common(1)[0]
-    except DataError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as problem:
-        raise DataError(f"a record of {place} is not as published: {problem!r}") from None
-    if count > 1:
-        raise DataError(f"{place} has the id {number} {count} times")
-    for e in examples:
-        texts = [e.text, e.kind, e.subtitles, *e.pictures, *e.answers]
-        texts += e.truth.get("references", ())
-        weights = e.answers.values()
-        if (not all(isinstance(x, str) for x in texts)
-                or not all(isinstance(x, (int, float)) and x >= 0 for x in weights)):
-            raise DataError(f"{place}: {e.id} has something else where a text or a weight "
-                            f"should be: {e}"[:300])
-    return examples
+        values, counts = np.unique(hashes[split], return_counts=True)
+        if counts.max() > 1:
+            twice = values[counts.argmax()]
+            number = next(e.id for _, e in TASKS[task].read(files, split) if hash(e.id) == twice)
+            raise DataError(f"{place} has the id {number} {counts.max()} times")
+
+
+def read_examples(data: str | Path, task: str, split: str) -> list[Example]:
+    """The examples of a split. Raises DataError."""
+    return [e for _, e in stream_examples(Files(Path(data)), task, split)]
 
 
 def check_labels(task: str, examples: list[Example]):
@@ -480,8 +733,21 @@ def check_labels(task: str, examples: list[Example]):
 
 PICTURE_FILES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
 VIDEO_FILES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".ts", ".gif", ".npz"}
+# Others may start programs and open files, as PostScript and playlists do.
+PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,gif,ogg,flv"
+MOST_PIXELS = 190_000_000  # of a picture, 2 GB while it is read
+MOST_FRAME_PIXELS = 2 ** 25  # of a video: 8K
+MOST_FRAMES = 2400  # to keep of a video: an hour, 360 MB
 FPS = Fraction(2, 3)  # frames a second, as of VALUE's features
-LONGEST = 4 * 3600  # seconds; a time stamp beyond is broken
+LONGEST = 4 * 3600  # seconds; a time stamp or a length beyond is broken
+
+Image.MAX_IMAGE_PIXELS = None  # open_picture has a limit of its own
+warnings.filterwarnings("ignore", module="PIL")  # it warns of odd EXIF blocks
+large = threading.Lock()  # held by the one thread that reads something large
+# EXIF's orientation -> what makes it upright.
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+         5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 
 
 def folders_of(data: Path, source: str) -> list[Path]:
@@ -489,29 +755,80 @@ def folders_of(data: Path, source: str) -> list[Path]:
 
 
 def find_files(folders: list[Path], names: Iterable[str], video: bool = False) -> dict[str, Path]:
-    """Where the named files lie: anywhere below the folders. A folder may be a video, in frames."""
+    """Where the named files lie: anywhere below the folders, the first in order of names.
+
+    Each folder is walked once, whatever links there are. A folder with pictures may be a video, in
+    frames, if there is no file of that name.
+    COCO of 2017 has the pictures of 2014 and 2015 without what stands before their number.
+    """
     wanted = set(names)
+    numbers = defaultdict(set)
+    for name in wanted:
+        if re.fullmatch(r"COCO_\w+_\d{12}", name):
+            numbers[name[-12:]].add(name)
     suffixes = VIDEO_FILES if video else PICTURE_FILES
-    found = {}
-    for top in folders:
-        for folder, inner, files in os.walk(top, followlinks=True):
-            for name in wanted.intersection(inner) if video else ():
-                found.setdefault(name, Path(folder, name))
-                inner.remove(name)
-            for name in files:
-                stem, suffix = os.path.splitext(name)
-                if stem in wanted and suffix.lower() in suffixes:
-                    found.setdefault(stem, Path(folder, name))
-    return found
+    found, frames, seen = {}, {}, set()
+    waiting = [*map(str, reversed(folders))]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            status = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:  # absent, or not ours to read
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inner = []
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            # By itself is_dir raises OSError for a link to itself.
+            if entry.is_dir(follow_symlinks=False) or (
+                    entry.is_symlink() and os.path.isdir(entry.path)):
+                inner.append(entry.path)
+            elif suffix.lower() in suffixes:
+                for wish in numbers.get(stem, set()) | (wanted & {stem}):
+                    found.setdefault(wish, Path(entry.path))
+            if video and suffix.lower() in PICTURE_FILES:
+                frames.setdefault(os.path.basename(folder), Path(folder))
+        waiting += reversed(inner)
+    return {name: path for name, path in (frames | found).items() if name in wanted}
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture in RGB, whatever its suffix says. Raises DataError."""
+def open_picture(path: Path, use: Callable = lambda picture: picture):
+    """A picture in RGB, upright, whatever its suffix says, or what use(picture) makes of it.
+
+    Of 16 bits the upper 8 are taken. What is transparent has the colour that is stored there, as in
+    the original. Of an animation it is the first picture. Raises DataError.
+    """
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        with open_regular(path) as file:
+            picture = Image.open(file, formats=PICTURE_FORMATS)
+            pixels = math.prod(picture.size)
+            if pixels > MOST_PIXELS:
+                raise ValueError(f"it has {pixels:,} pixels; scale it down, or raise MOST_PIXELS "
+                                 "in data.py")
+            with large if pixels > 2 ** 24 else nullcontext():
+                picture.load()
+                turn = TURNS.get(orientation(picture))
+                if picture.mode[0] == "I":
+                    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+                picture = picture.convert("RGB")
+                return use(picture if turn is None else picture.transpose(turn))
+    except DataError:
+        raise
+    except Image.UnidentifiedImageError:
+        reason = f"it is none of {', '.join(PICTURE_FORMATS)}"
     except Exception as problem:  # pillow raises many kinds
-        raise DataError(f"{path} is not a readable picture: {problem}") from None
+        reason = problem
+    raise DataError(f"{path} is not a readable picture: {reason}")
+
+
+def orientation(picture):
+    try:
+        return picture.getexif().get(274)
+    except Exception:  # a broken block says nothing
+        return None
 
 
 def load_picture(path: Path, resolution: int = IMAGE_SIZE) -> np.ndarray:
@@ -519,7 +836,8 @@ def load_picture(path: Path, resolution: int = IMAGE_SIZE) -> np.ndarray:
 
     https://github.com/ylsung/VL_adapter/blob/545fcbb/feature_extraction/coco_CLIP.py#L41
     """
-    return np.array(open_picture(path).resize((resolution, resolution), Image.Resampling.BICUBIC))
+    size = (resolution, resolution)
+    return open_picture(path, lambda picture: np.array(picture.resize(size, Image.BICUBIC)))
 
 
 def load_video(path: Path, resolution: int = IMAGE_SIZE) -> np.ndarray:
@@ -529,24 +847,28 @@ def load_video(path: Path, resolution: int = IMAGE_SIZE) -> np.ndarray:
     folder has frames at 3 a second, as TVQA's. Raises DataError.
     https://github.com/linjieli222/HERO_Video_Feature_Extractor/blob/eaf55ce/clip/video_loader.py
     """
-    kept = (load_frames if path.is_dir() else decode_video)(path, resolution)
-    if not kept:
+    frames = bytearray()
+    for frame in (load_frames if path.is_dir() else decode_video)(path, resolution):
+        frames += frame.tobytes()
+        if len(frames) > MOST_FRAMES * 3 * resolution ** 2:
+            raise DataError(f"{path} is longer than {MOST_FRAMES:,} frames, an hour; cut it")
+    if not frames:
         raise DataError(f"{path} has no frames")
-    return np.stack(kept)
+    return np.frombuffer(frames, np.uint8).reshape(-1, resolution, resolution, 3)
 
 
 def load_frames(folder, side):
+    def square(picture):
+        width, height, left, top = scale_and_crop(picture.size, side)
+        scaled = picture.resize((width, height), Image.BICUBIC)
+        return np.array(scaled.crop((left, top, left + side, top + side)))
+
     files = [file for file in folder.iterdir()
              if file.suffix.lower() in PICTURE_FILES and file.name[0] != "."]
     files.sort(key=lambda file: (len(file.stem), file.stem))  # 2.jpg before 10.jpg
     timed = [(Fraction(i, 3), Fraction(1, 3), file) for i, file in enumerate(files)]
-    frames = []
     for file in list(resample(timed, FPS)) or files[-1:]:
-        picture = open_picture(file)
-        width, height, left, top = scale_and_crop(picture.size, side)
-        pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
-        frames.append(pixels[top:top + side, left:left + side])
-    return frames
+        yield open_picture(file, square)
 
 
 def resample(frames, fps):
@@ -579,79 +901,134 @@ def resample(frames, fps):
 def scale_and_crop(size, side):
     """Width and height once the shorter is `side`; left and top of the square in their middle."""
     short = min(size)
+    if max(size) > 100 * short:
+        raise ValueError(f"{size[0]:,} x {size[1]:,} is too thin for a square")
     width, height = (int(length * side / short) for length in size)
     return width, height, (width - side) // 2, (height - side) // 2
 
 
 def decode_video(path, side):
+    """Yields what `resample` keeps, squares of that side. Nothing but the file is opened."""
     try:
         import av
     except ImportError:
         raise DataError(f"{path} can be read with PyAV only: pip install av") from None
+    limits = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "none",
+              "max_pixels": str(MOST_FRAME_PIXELS)}
     try:
-        with av.open(str(path)) as container:
-            return decode(path, container, side)
+        with open_regular(path) as file, av.open(file, options=limits) as container:
+            yield from decode(path, container, side, limits)
     except DataError:
         raise
-    except (av.FFmpegError, OSError, ValueError) as problem:
+    except AttributeError:
+        raise DataError(f"{path} needs PyAV 15 or later: pip install -U av") from None
+    except Exception as problem:  # PyAV raises many kinds
         reason = getattr(problem, "strerror", None) or problem
         raise DataError(f"{path} is empty, truncated or not a readable video: {reason}") from None
 
 
-def decode(path, container, side):
-    """What `resample` keeps, by the frames' time stamps; only that is turned into RGB."""
-    if not container.streams.video:
-        kinds = ", ".join(dict.fromkeys(stream.type for stream in container.streams)) or "nothing"
-        raise DataError(f"{path} has no pictures, only {kinds}")
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
+def decode(path, container, side, limits):
+    """By the frames' time stamps; only what is kept is turned into RGB.
+
+    What a header says of counts and lengths may be wrong: it is believed of a cut file only.
+    """
+    import av
+    attached = av.stream.Disposition.attached_pic
+    covers = [s for s in container.streams if attached in s.disposition]
+    shown = [s for s in container.streams.video if s not in covers]
+    if not shown:
+        kinds = [stream.type for stream in container.streams if stream not in covers]
+        raise DataError(f"{path} has no pictures, only "
+                        f"{', '.join(dict.fromkeys(kinds)) or 'nothing'}")
+    stream = shown[0]
+    context = stream.codec_context
+    if context is None:
+        raise ValueError("its codec is unknown")
+    pixels = context.width * context.height
+    context.options = limits  # a frame may be larger than the header says
+    context.thread_type = "SLICE" if pixels > 2 ** 23 else "AUTO"
     start = Fraction(container.start_time or 0, 1_000_000)  # ffmpeg's are microseconds
     length = Fraction(container.duration or 0, 1_000_000)
     step = 1 / (stream.average_rate or Fraction(25))
     fps = Fraction(2) if 0 < length < Fraction(16, 10) else FPS  # as the extractor's
 
-    packets = decoded = 0
+    packets = damaged = 0
     last = None
-    reached = Fraction(0)  # seconds, the end of what was read
+    reached = seen = Fraction(0)  # seconds, the end of what was read and of its pictures
+
+    def decoded():
+        nonlocal packets, damaged, reached, seen
+        for packet in chain(container.demux(), [None]):  # of sound, too: what a cut file ends with
+            if packet is not None:
+                if packet.pts is not None:
+                    end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                    reached = max(reached, end)
+                    seen = max(seen, end) if packet.stream is stream else seen
+                if packet.stream is not stream or not packet.size:  # an empty one would be the end
+                    continue
+                packets += 1
+            try:
+                yield from context.decode(packet)
+            except av.FFmpegError:
+                damaged += packet is not None
 
     def timed():
-        nonlocal packets, decoded, last, reached
-        for packet in container.demux():  # of sound, too: what a cut file ends with
-            if packet.pts is not None:
-                reached = max(reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
-            if packet.stream is not stream:
-                continue
-            packets += packet.size > 0
-            for last in packet.decode():
-                time = decoded * step
-                if last.pts is not None:
-                    time = last.pts * last.time_base - start
-                if time > LONGEST:
-                    raise DataError(f"{path} has a time stamp of {float(time):,.0f} seconds")
-                decoded += 1
-                yield time, last.duration * last.time_base if last.duration else step, last
+        nonlocal last
+        end = shift = Fraction(0)
+        for number, last in enumerate(decoded()):
+            time = number * step
+            if last.pts is not None:
+                time = last.pts * stream.time_base - start + shift
+            if time < end - 1:  # the clock starts again
+                shift += end - time
+                time = end
+            if abs(time) > LONGEST:
+                raise DataError(f"{path} has a time stamp of {float(time):,.0f} seconds")
+            duration = last.duration * stream.time_base if last.duration else step
+            end = time + duration
+            yield time, duration, last
 
-    kept = [crop_frame(frame, side) for frame in resample(timed(), fps)]
-    truncated = reached < length * Fraction(9, 10)
+    with large if pixels > 2 ** 23 else nullcontext():
+        shown = square = None
+        for frame in resample(timed(), fps):
+            if frame is not shown:  # a gap repeats one
+                shown, square = frame, crop_frame(frame, side)
+            yield square
+        if square is None and last is not None:
+            yield crop_frame(last, side)
+
+    short = length * Fraction(9, 10)
     if stream.frames:  # a file with an index knows how many it has
-        truncated = packets < stream.frames * 0.9
-    if truncated:
+        truncated = packets < stream.frames * 0.9 and seen < short
+    else:
+        truncated = reached < short
+    if truncated and length < LONGEST:
         raise DataError(f"{path} is truncated at {float(reached):.1f} of {float(length):.1f} s")
-    if not kept and last is not None:
-        kept = [crop_frame(last, side)]
-    return kept
+    if last is None and damaged or damaged > max(1, 0.1 * packets):
+        raise DataError(f"{path} is damaged, or its frames have more than {MOST_FRAME_PIXELS:,} "
+                        f"pixels: {damaged:,} of {packets:,} packets are unreadable")
 
 
 def crop_frame(frame, side):
-    """[side, side, 3], by swscale's bicubic; upright, where a phone was not."""
+    """[side, side, 3], by swscale's bicubic; upright and not mirrored, where a phone was."""
     width, height, left, top = scale_and_crop((frame.width, frame.height), side)
     pixels = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-    return np.rot90(pixels[top:top + side, left:left + side], frame.rotation // 90)
+    pixels = pixels[top:top + side, left:left + side]
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    # Column x and row y are shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        pixels = pixels.swapaxes(0, 1)
+        a, d = c, b
+    return pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 
 # ---- features and their store ----
 
 FRAMES = 64  # visual tokens of a video
+MOST_FEATURES = 2 ** 27  # bytes of a .npz: of an hour they are 27 MB
 
 
 @dataclass(frozen=True)
@@ -674,8 +1051,11 @@ def from_clip(path: Path, digest: str, video: bool, device: torch.device) -> Fea
 
     @torch.no_grad()
     def encode(loaded):
-        pixels = torch.from_numpy(np.concatenate(loaded) if video else np.stack(loaded))
-        tokens = torch.cat([encode_part(part.to(device)) for part in pixels.split(64)])
+        pictures = chain.from_iterable(loaded) if video else iter(loaded)
+        parts = []
+        while part := list(islice(pictures, 64)):
+            parts.append(encode_part(torch.from_numpy(np.stack(part)).to(device)))
+        tokens = torch.cat(parts)
         if not video:
             return tokens  # [B, 36, channels]
         videos = tokens.split([len(frames) for frames in loaded])
@@ -693,28 +1073,51 @@ def is_released(data: Path, name: str) -> bool:
 def released_features(data: Path, name: str) -> Features:
     """VALUE's, in video/vis_features/*/NAME. Raises DataError without any."""
     top = data / "video/vis_features"
-    example = next(top.glob(f"*/{name}/*.npz"), None)
-    if example is None:
+    files = sorted(top.glob(f"*/{name}/*.npz"))
+    if not files:
         raise DataError(f"{top}/*/{name} is empty")
+    counts = Counter()  # what most of some have is right
+    for path in files[::-(-len(files) // 9)]:
+        try:
+            counts[load_features(path).shape[1]] += 1
+        except DataError:
+            pass
+    if not counts:
+        load_features(files[0])
+    (channels, _), = counts.most_common(1)
 
     def encode(loaded):
         return torch.stack([fit_frames(torch.from_numpy(x.astype(np.float32))) for x in loaded])
 
-    return Features(name, load_features(example).shape[1],
+    return Features(name, channels,
                     lambda data, source: [data / "video/vis_features" / source / name],
-                    load_features, encode)
+                    partial(load_features, channels=channels), encode)
 
 
-def load_features(path: Path) -> np.ndarray:
+def load_features(path: Path, channels: int | None = None) -> np.ndarray:
     """The array "features" [frames, channels] of one of VALUE's .npz files. Raises DataError."""
+    found = ""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            x = file["features"]
-        if x.ndim != 2 or not x.size or x.dtype.kind != "f" or not np.isfinite(x).all():
-            raise ValueError(f"it has {x.dtype} {list(x.shape)}, or not finite")
-        return x
-    except Exception as problem:
-        raise DataError(f"{path} is not a file of VALUE's features: {problem}") from None
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            with archive.open("features.npy") as member:
+                np.lib.format.read_magic(member)
+                shape, by_column, dtype = np.lib.format.read_array_header_1_0(member)
+                found = f", not {dtype} {list(shape)}"
+                size = math.prod(shape) * dtype.itemsize
+                if (len(shape) == 2 and dtype.kind == "f" and 0 < size < MOST_FEATURES
+                        and channels in (None, shape[1])):
+                    # To its end, where its sum is checked.
+                    x = np.frombuffer(member.read(size + 1), dtype)
+                    x = x.reshape(shape, order="F" if by_column else "C")
+                    if float(np.abs(x).max()) < 65520:  # of float16; false for NaN
+                        return x
+                    found = ", not NaN or numbers beyond float16"
+    except DataError:
+        raise
+    except Exception:  # many kinds
+        pass
+    raise DataError(f"{path} is not a file of VALUE's features: expected features.npy, floats "
+                    f"[frames, {channels or 'channels'}]{found}")
 
 
 def fit_frames(features: torch.Tensor, frames: int = FRAMES) -> torch.Tensor:
@@ -727,103 +1130,171 @@ def fit_frames(features: torch.Tensor, frames: int = FRAMES) -> torch.Tensor:
     """
     if len(features) <= frames:
         return F.pad(features, (0, 0, 0, frames - len(features)))
-    return F.adaptive_max_pool1d(features.T[None], frames)[0].T
+    pooled = F.adaptive_max_pool1d(features.cpu().T[None], frames)[0].T  # MPS has other windows
+    return pooled.to(features.device)
 
 
 class FeatureStore:
     """The visual tokens of one data set's pictures or videos, encoded once.
 
-    features.f16 is memory-mapped float16 [items, tokens, channels]; index.json says whose they are
-    and which item has which row.
+    features.f16 is memory-mapped float16 [rows, tokens, channels]; index.json says whose they are,
+    which row an item has and what its file was; new.jsonl says it of those encoded since. Rows only
+    come behind the others, which other processes may be reading.
     """
 
     def __init__(self, folder: Path, encoder_hash: str, tokens: int, channels: int):
         self.folder = folder
+        self.path = folder / "features.f16"
         self.shape = (tokens, channels)
+        self.row_size = 2 * tokens * channels
         self.about = {"encoder": encoder_hash, "tokens": tokens, "channels": channels}
-        self.row = self.read_index()  # name of a picture or video -> row
-        self.features = self.open()
+        self.read_index()
+        self.map()
 
-    def read_index(self) -> dict[str, int]:
-        path = self.folder / "index.json"
-        if not path.exists():
-            return {}
-        index = read_json(path)
-        ours = isinstance(index, dict) and index.items() >= self.about.items()
-        if not ours or not isinstance(index.get("pictures"), dict):
-            raise DataError(f"{path} is broken or has features of another encoder; "
-                            f"remove {self.folder} to encode anew")
-        return index["pictures"]
-
-    def open(self) -> np.ndarray:
-        if not self.row:
-            return np.empty((0, *self.shape), np.float16)
-        path = self.folder / "features.f16"
+    def read_index(self):
+        """Sets row and files: a name's row; size and time of the file that it was."""
+        index, new = self.folder / "index.json", self.folder / "new.jsonl"
+        self.row, self.files = {}, {}
+        self.count = 0  # of rows
+        size, lines = 0, []
+        if new.exists():
+            with open_regular(new) as file:
+                lines = file.read().split(b"\n")[:-1]  # a killed run leaves half a line
+        if self.path.exists():
+            with open_regular(self.path) as file:
+                size = os.fstat(file.fileno()).st_size
+        if not index.exists():
+            return
+        broken = DataError(f"{index} is broken or has features of another encoder; "
+                           f"remove {self.folder} to encode anew")
+        content = read_json(index)
+        if not isinstance(content, dict) or not content.items() >= self.about.items():
+            raise broken
         try:
-            return np.memmap(path, np.float16, "r", shape=(len(self.row), *self.shape))
-        except (FileNotFoundError, ValueError):
-            raise DataError(f"{path} has fewer features than its index names; "
-                            f"remove {self.folder} to encode anew") from None
+            for part in content, *map(json.loads, lines):
+                self.row |= part["pictures"]
+                self.files |= part.get("files", {})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise broken from None
 
-    def add(self, paths: dict[str, Path], load: Callable, encode: Callable,
-            size: int = 64) -> list[DataError]:
-        """Encodes files, `size` at a time. Returns a DataError for each unreadable one.
+        self.count = size // self.row_size
+        rows = self.row.values()
+        good = {row for row in rows if type(row) is int and 0 <= row < self.count}
+        if len(good) < len(rows):
+            raise DataError(f"{index} has a row twice, or one that is none of the {self.count:,} "
+                            f"in {self.path}; remove {self.folder} to encode anew")
+
+    def map(self):
+        self.features = np.empty((0, *self.shape), np.float16)
+        if self.row:
+            self.features = np.memmap(self.path, np.float16, "r", shape=(self.count, *self.shape))
+
+    def wanting(self, paths: dict[str, Path]) -> list[str]:
+        """The names that have no features, or those of another file than is there."""
+        return [name for name, path in paths.items()
+                if name not in self.row or self.files.get(name) not in (None, stamp(path))]
+
+    def add(self, paths: dict[str, Path], load: Callable, encode: Callable, size: int = 64,
+            say: Callable = print) -> list[DataError]:
+        """Encodes what is wanting, `size` files at a time. Returns a DataError for each broken one.
 
         What is encoded is kept if it is killed. A second process waits for the first and uses it.
         """
-        if not paths:
+        if not self.wanting(paths):
             return []
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.features = None  # Windows cuts no file that is mapped
         broken = []
-        with open(self.folder / "features.f16", "ab") as file, tqdm(
-                total=len(paths), unit=" files", desc=f"encoding {self.folder.parent.name}") as bar:
-            lock(file)
-            self.row = self.read_index()
-            # A killed run leaves rows that it had not indexed.
-            file.truncate(len(self.row) * math.prod(self.shape) * 2)
-            names = [name for name in paths if name not in self.row]
-            bar.update(len(paths) - len(names))
-            loaded = load_ahead([paths[name] for name in names], load, 3 * size)
-            for i in range(0, len(names), size):
-                part = dict(zip(names[i:i + size], loaded))
-                broken += [x for x in part.values() if isinstance(x, DataError)]
-                good = {name: x for name, x in part.items() if not isinstance(x, DataError)}
-                if good:
-                    self.append(file, list(good), encode([*good.values()]))
-                if i // size % 100 == 99:
-                    self.save(file)
-                bar.update(len(part))
-            self.save(file)
-        self.features = self.open()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                lock(file)
+                self.read_index()
+                # A killed run leaves half a row, and half a line of new.jsonl.
+                file.truncate(self.count * self.row_size)
+                if self.count:
+                    self.save()
+                names = self.wanting(paths)
+                stamps = {name: stamp(paths[name]) for name in names}
+                changed = sum(name in self.row for name in names)
+                if changed:
+                    say(f"{changed:,} files of {self.folder.parent.name} have changed since they "
+                        "were encoded; they are encoded anew")
+                loaded = load_ahead([paths[name] for name in names], load, size)
+                with tqdm(total=len(paths), initial=len(paths) - len(names), unit=" files",
+                          desc=f"encoding {self.folder.parent.name}") as bar:
+                    for i in range(0, len(names), size):
+                        part = names[i:i + size]
+                        broken += self.encode(file, part, loaded, encode, stamps)
+                        bar.update(len(part))
+                if self.count:
+                    self.save()
+        except OSError as problem:
+            raise DataError(f"{self.path} cannot be written: {problem.strerror or problem}; "
+                            "--cache DIR keeps features elsewhere") from None
+        self.map()
         return broken
 
-    def append(self, file, names: list[str], features: torch.Tensor):
-        if features.shape[1:] != self.shape:
-            raise DataError(f"features of {names[0]} have the shape {list(features.shape[1:])}, "
-                            f"expected {list(self.shape)}")
-        features = features.to(torch.float16)
-        if not features.isfinite().all():
-            raise DataError(f"features of {names[0]} or one of the next {len(names) - 1} "
-                            "are beyond float16")
-        file.write(features.cpu().numpy().tobytes())
-        for name in names:
-            self.row[name] = len(self.row)
+    def encode(self, file, names, loaded, encode, stamps):
+        part = dict(zip(names, loaded))
+        good = [name for name, x in part.items() if not isinstance(x, DataError)]
+        for name in part.keys() - good:
+            self.row.pop(name, None)
+        if good:
+            features = encode([part[name] for name in good])
+            if features.shape[1:] != self.shape:
+                raise DataError(f"features of {good[0]} have the shape {list(features.shape[1:])}, "
+                                f"expected {list(self.shape)}")
+            features = features.to(torch.float16).cpu().numpy()
+            for name, x in zip(good, features):
+                if not all_finite(x):
+                    raise DataError(f"features of {name} are beyond float16")
+            if not self.count:
+                self.save()  # new.jsonl needs an index
+            file.write(features.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            new = {"pictures": {name: self.count + i for i, name in enumerate(good)},
+                   "files": {name: stamps[name] for name in good}}
+            with open(self.folder / "new.jsonl", "ab") as journal:
+                journal.write(json.dumps(new).encode() + b"\n")
+            self.count += len(good)
+            self.row |= new["pictures"]
+            self.files |= new["files"]
+        return [x for x in part.values() if isinstance(x, DataError)]
 
-    def save(self, file):
-        file.flush()
-        os.fsync(file.fileno())
-        index = json.dumps(self.about | {"pictures": self.row})
-        write_atomically(self.folder / "index.json", index.encode())
+    def save(self):
+        index = self.about | {"pictures": self.row, "files": self.files}
+        write_atomically(self.folder / "index.json", json.dumps(index).encode())
+        with open(self.folder / "new.jsonl", "wb"):
+            pass  # it is empty, not absent, lest another process be looking for it
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Of float16. As integers, infinity and NaN are greatest: ten times faster than np.isfinite."""
+    return x.view(np.int16).max() < 0x7C00 and x.view(np.uint16).max() < 0xFC00
+
+
+def stamp(path):
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+@cache
+def warn_of_no_lock():
+    print("files cannot be locked here: two runs must not encode at the same time",
+          file=sys.stderr)
 
 
 def lock(file):
-    """Waits for other processes; on Windows it cannot: encode with one at a time."""
+    """Waits for other processes, where the system and the disk can."""
     try:
         import fcntl
-    except ImportError:
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        warn_of_no_lock()
 
 
 def load_ahead(paths, load, depth):
@@ -852,94 +1323,261 @@ def prefetch(work, items, depth, threads=None):
 
 def open_corpora(data: Path, name: str, features: Features, tokenizer: Tokenizer,
                  *splits: dict[str, str], prompts: bool = True, allow_missing: bool = False,
-                 say: Callable = print) -> list[dict[str, "Corpus"]]:
-    """For each {task: split} a {task: corpus}. The store lies in data/features/SOURCE/NAME.
+                 say: Callable = print, cache: Path | None = None,
+                 first: Callable = nullcontext) -> list[dict[str, "Corpus"]]:
+    """For each {task: split} a {task: corpus}. What is made lies in `cache`, or else in `data`: the
+    store in features/SOURCE/NAME, examples as integers in corpora/.
 
-    Missing files raise DataError before any is encoded, or, allow_missing, are left out.
+    Missing files raise DataError before any is encoded, or, allow_missing, are left out. first() is
+    a context in which one process goes before the others: it encodes, they find it done.
     """
     def refuse(bad, names, source, what):
         if bad and not allow_missing:
             raise DataError(f"{len(bad):,} of {len(names):,} {media(source)} are {what}, the first:"
                             f" {bad[0]} (--allow-missing goes on without them)")
 
-    opened = []
+    made = cache or data
+    kept = Shelf(data, made / "corpora", tokenizer, prompts, say)
+    encoded = {}  # (task, split) -> Encoded
+    for task in dict.fromkeys(task for part in splits for task in part):
+        theirs = dict.fromkeys(part[task] for part in splits if task in part)
+        for split, examples in kept.get(task, *theirs).items():
+            encoded[task, split] = examples
     needed = defaultdict(dict)  # source -> names of its pictures, in order
     for part in splits:
-        opened.append({task: read_examples(data, task, split) for task, split in part.items()})
-        for task, examples in opened[-1].items():
-            needed[TASKS[task].pictures].update(pictures_of(examples))
+        for pair in part.items():
+            needed[TASKS[pair[0]].pictures].update(dict.fromkeys(encoded[pair].names))
 
-    # Find what no store has yet, then encode it.
-    stores, found = {}, {}
-    for source, names in needed.items():
-        tokens = FRAMES if source in VIDEOS else VISUAL_SIDE ** 2
-        folder = data / "features" / source / name
-        store = FeatureStore(folder, features.hash, tokens, features.channels)
-        new = [name for name in names if name not in store.row]
-        folders = features.folders(data, source)
-        below = " and ".join(map(str, folders))
-        found[source] = find_files(folders, new, source in VIDEOS) if new else {}
-        lost = [name for name in new if name not in found[source]]
-        refuse(lost, names, source, f"missing below {below}")
-        stores[source] = store
-    for source, store in stores.items():
-        broken = store.add(found[source], features.load, features.encode,
-                           size=4 if source in VIDEOS else 64)
-        refuse(broken, found[source], source, "unreadable")
+    with first():
+        # Find what no store has yet, then encode it.
+        stores, found = {}, {}
+        for source, names in needed.items():
+            tokens = FRAMES if source in VIDEOS else VISUAL_SIDE ** 2
+            folder = made / "features" / source / name
+            store = FeatureStore(folder, features.hash, tokens, features.channels)
+            folders = features.folders(data, source)
+            below = " and ".join(map(str, folders))
+            found[source] = find_files(folders, names, source in VIDEOS)
+            known = store.row.keys() | found[source].keys()
+            lost = [name for name in names if name not in known]
+            refuse(lost, names, source, f"missing below {below}")
+            stores[source] = store
+        for source, store in stores.items():
+            broken = store.add(found[source], features.load, features.encode,
+                               size=4 if source in VIDEOS else 64, say=say)
+            refuse(broken, found[source], source, "unreadable")
 
     # A corpus of the examples whose pictures are there.
     corpora = []
-    for part, read in zip(splits, opened):
+    for part in splits:
         corpora.append({})
-        for task, examples in read.items():
-            place = f"{task}, {part[task]}"
-            store = stores[TASKS[task].pictures]
-            there = [e for e in examples if all(name in store.row for name in e.pictures)]
-            if len(there) < len(examples):
-                say(f"{place}: {len(there):,} of {len(examples):,} examples have their "
-                    f"pictures, {100 * len(there) / len(examples):.1f} %")
-            if not there:
+        for task, split in part.items():
+            place = f"{task}, {split}"
+            examples = encoded[task, split]
+            corpus = Corpus(task, examples, tokenizer, stores[TASKS[task].pictures], prompts)
+            count = len(examples.arrays["text"])
+            if len(corpus) < count:
+                say(f"{place}: {len(corpus):,} of {count:,} examples have their "
+                    f"pictures, {100 * len(corpus) / count:.1f} %")
+            if not len(corpus):
                 raise DataError(f"{place}: no example has its pictures")
-            silent = sum(not e.subtitles for e in there)
-            if silent and TASKS[task].video:
-                say(f"{place}: {silent:,} of {len(there):,} examples have no subtitles")
-            corpora[-1][task] = Corpus(task, there, tokenizer, store, prompts)
+            if corpus.silent and TASKS[task].video:
+                say(f"{place}: {corpus.silent:,} of {len(corpus):,} examples have no subtitles")
+            corpora[-1][task] = corpus
     return corpora
-
-
-def pictures_of(examples):
-    return dict.fromkeys(name for e in examples for name in e.pictures)
 
 
 def media(source):
     return "videos" if source in VIDEOS else "pictures"
 
 
-class Corpus:
-    """The examples of a task's split as integers, in batches."""
+# Of an Encoded, by name: what array.array calls the numbers. Rows of different lengths lie one
+# behind the other, row i from ends[i] to ends[i + 1].
+ARRAYS = {
+    "text": "i",  # [examples], the number of its text
+    "pictures": "i",  # [examples x pictures], numbers of names
+    "silent": "b",  # [examples], whether it has no subtitles
+    "ids": "i", "ids_ends": "q",  # a row for each text
+    "drawn": "i", "weights": "d", "drawn_ends": "q",  # for each example: answers, their weights
+    "targets": "i", "targets_ends": "q"}  # for each answer
 
-    def __init__(self, task: str, examples: list[Example], tokenizer: Tokenizer,
-                 store: FeatureStore, prompts: bool = True):
+
+@dataclass
+class Encoded:
+    """The examples of a split as integers: each text, name and answer once, all others numbers."""
+    arrays: dict[str, np.ndarray]
+    names: list[str]  # of pictures
+    examples: list[Example] | None  # None where they are not needed, for they take memory
+
+
+class Encoder:
+    """Makes an `Encoded`, an example at a time."""
+
+    def __init__(self, task: str, tokenizer: Tokenizer, prompts: bool = True, keep: bool = True):
         self.task = task
-        self.examples = examples
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.arrays = {name: array(kind) for name, kind in ARRAYS.items()}
+        for name in "ids_ends", "drawn_ends", "targets_ends":
+            self.arrays[name].append(0)
+        self.texts, self.names, self.answers = {}, {}, {}  # each -> its number
+        self.examples = [] if keep else None
+
+    def add(self, e: Example):
+        text = (e.text, e.subtitles) if e.subtitles else e.text
+        number = self.texts.setdefault(text, len(self.texts))
+        if number == len(self.arrays["ids_ends"]) - 1:
+            self.append("ids", text_ids(self.tokenizer, self.task, e, self.prompts))
+        self.arrays["text"].append(number)
+        self.arrays["silent"].append(not e.subtitles)
+        for name in e.pictures:
+            self.arrays["pictures"].append(self.names.setdefault(name, len(self.names)))
+
+        learned = {answer: weight for answer, weight in e.answers.items() if weight > 0}
+        for answer, weight in (learned or {"": 0.0}).items():
+            number = self.answers.setdefault(answer, len(self.answers))
+            if number == len(self.arrays["targets_ends"]) - 1:
+                row = TASKS[self.task]
+                self.append("targets", self.tokenizer.encode(answer, row.answer))
+            self.arrays["weights"].append(weight)
+            self.arrays["drawn"].append(number)
+        self.append("drawn", ())
+        if self.examples is not None:
+            self.examples.append(e)
+
+    def append(self, name, row):
+        self.arrays[name].extend(row)
+        self.arrays[name + "_ends"].append(len(self.arrays[name]))
+
+    def encoded(self) -> Encoded:
+        arrays = {name: np.array(x) for name, x in self.arrays.items()}
+        return Encoded(arrays, [*self.names], self.examples)
+
+
+class Shelf:
+    """Keeps what is `Encoded`, for reading 2 GB of annotations takes a minute.
+
+    A file is used if its annotations, the tokenizer and this code have the hashes they had, and so
+    has the file; else it is made anew. Process 0 writes, all read.
+    """
+
+    def __init__(self, data: Path, folder: Path, tokenizer: Tokenizer, prompts: bool,
+                 say: Callable):
+        self.data = data
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.say = say
+        self.hashes = {}  # of annotations
+        code = [sha256(Path(__file__).with_name(name)) for name in ("data.py", "tokenizer.py")]
+        self.key = [*code, sys.version, tokenizer.hash, prompts]
+
+    def get(self, task: str, *splits: str) -> dict[str, Encoded]:
+        """Splits of a task, of which those that are not kept are read."""
+        found = {split: self.load(task, split) for split in splits}
+        new = [split for split in splits if not found[split]]
+        if not new:
+            return found
+        others = os.environ.get("RANK", "0") != "0"  # torchrun's
+        with tqdm(desc=f"reading {task}", unit="B", unit_scale=True, leave=False,
+                  disable=others) as bar:
+            files = Files(self.data, bar)
+            encoders = {split: Encoder(task, self.tokenizer, self.prompts,
+                                       keep=split != TASKS[task].train) for split in new}
+            for split, e in stream_examples(files, task, *new):
+                encoders[split].add(e)
+        for split in new:
+            found[split] = encoders.pop(split).encoded()
+            if not others:
+                self.save(task, split, found[split], files.used)
+        return found
+
+    def path(self, task, split):
+        prompts = "" if self.prompts else "_without_prompts"
+        return self.folder / f"{task}_{split}_{self.tokenizer.hash[:12]}{prompts}.npz"
+
+    def save(self, task, split, encoded, used):
+        row = TASKS[task]
+        if not self.tokenizer.hash or split not in (row.train, row.validation, row.test):
+            return
+        about = {"key": self.key, "used": used, "names": encoded.names, "examples": None}
+        if encoded.examples is not None:
+            about["examples"] = [list(map(partial(getattr, e), Example.__slots__))
+                                 for e in encoded.examples]
+        content = io.BytesIO()
+        text = json.dumps(about).encode()
+        np.savez(content, about=np.frombuffer(text, np.uint8), **encoded.arrays)
+        digest = hashlib.sha256(content.getbuffer()).digest()
+        content.write(digest)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path(task, split), content.getbuffer())
+        except OSError as problem:
+            self.say(f"{self.folder} cannot be written ({problem.strerror}): {task}'s {split} will "
+                     "be read again by each start")
+
+    def load(self, task, split) -> Encoded | None:
+        try:
+            with open_regular(self.path(task, split)) as file:
+                content = memoryview(file.read())
+        except (OSError, DataError):
+            return None
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            return None
+        with np.load(io.BytesIO(content[:-32]), allow_pickle=False) as archive:
+            arrays = dict(archive)
+        about = json.loads(arrays.pop("about").tobytes())
+        if about["key"] != self.key or not all(map(self.same, *zip(*about["used"].items()))):
+            return None
+        examples = about["examples"]
+        if examples is not None:
+            examples = [Example(number, tuple(pictures), *more)
+                        for number, pictures, *more in examples]
+        return Encoded(arrays, about["names"], examples)
+
+    def same(self, name: str, digest: str | None) -> bool:
+        """Whether a file of annotations is what it was, or is still not there."""
+        if name not in self.hashes:
+            path = self.data / name
+            self.hashes[name] = sha256(path) if path.exists() else None
+        return self.hashes[name] == digest
+
+
+class Corpus:
+    """The examples of a task's split that have their pictures, as integers, in batches."""
+
+    def __init__(self, task: str, examples: list[Example] | Encoded, tokenizer: Tokenizer,
+                 store: FeatureStore, prompts: bool = True):
+        if not isinstance(examples, Encoded):
+            encoder = Encoder(task, tokenizer, prompts)
+            for e in examples:
+                encoder.add(e)
+            examples = encoder.encoded()
+        self.task = task
         self.store = store
         self.pad = tokenizer.pad
-        texts = [text_ids(tokenizer, task, e, prompts) for e in examples]
-        self.text = pad_rows(texts, max(map(len, texts)), self.pad)  # [examples, length]
-        rows = [[store.row[name] for name in e.pictures] for e in examples]
-        self.rows = np.array(rows)  # [examples, pictures]
+        a = examples.arrays
+        rows = np.array([store.row.get(name, -1) for name in examples.names])
+        rows = rows[a["pictures"]].reshape(len(a["text"]), -1)
+        there = (rows >= 0).all(1)
+        self.rows = rows[there]  # [examples, pictures]
+        self.arrays = a
+        self.numbers = np.flatnonzero(there)  # [examples], which of a's they are
+        self.silent = int(a["silent"][there].sum())
+        self.examples = examples.examples and [examples.examples[i] for i in self.numbers]
 
-        numbers = {}  # answer -> its number
-        self.choices = []  # per example [(an answer's number, weight), ...]
-        for e in examples:
-            learned = [pair for pair in e.answers.items() if pair[1] > 0] or [("", 0.0)]
-            self.choices.append([(numbers.setdefault(answer, len(numbers)), weight)
-                                 for answer, weight in learned])
-        self.targets = [tokenizer.encode(answer, TASKS[task].answer) for answer in numbers]
-        self.length = max(map(len, self.targets))
+        # The longest text and answer of those that are there.
+        drawn = a["drawn"][np.repeat(there, np.diff(a["drawn_ends"]))]
+        self.width = np.diff(a["ids_ends"])[a["text"][there]].max(initial=0)
+        self.length = np.diff(a["targets_ends"])[drawn].max(initial=0)
 
     def __len__(self):
-        return len(self.examples)
+        return len(self.rows)
+
+    def row(self, name: str, i: int) -> np.ndarray:
+        ends = self.arrays["drawn_ends" if name == "weights" else name + "_ends"]
+        return self.arrays[name][ends[i]:ends[i + 1]]
+
 
     def batch(self, indices: np.ndarray, size: int, seed=None, part: slice = slice(None),
               pin: bool = False) -> dict[str, torch.Tensor]:
@@ -950,7 +1588,8 @@ class Corpus:
         """
         real = len(indices)
         indices = np.concatenate([indices, np.full(size - real, indices[0])])
-        ids = torch.from_numpy(self.text[indices[part]]).long()
+        texts = [self.row("ids", i) for i in self.arrays["text"][self.numbers[indices[part]]]]
+        ids = torch.from_numpy(pad_rows(texts, self.width, self.pad)).long()
         rows = self.rows[indices[part]]
         if pin:  # modes but "clip" copy once more
             shape = (*rows.shape, *self.store.features.shape[1:])
@@ -958,6 +1597,9 @@ class Corpus:
             np.take(self.store.features, rows, axis=0, out=features.numpy(), mode="clip")
         else:
             features = torch.from_numpy(self.store.features[rows])
+        if not all_finite(features.numpy()):
+            raise DataError(f"{self.store.path} has numbers that are not finite; "
+                            f"remove {self.store.folder} to encode anew")
         batch = {"ids": ids,  # [batch, length]
                  "features": features}  # [batch, pictures, tokens, channels]
         if seed is not None:
@@ -978,8 +1620,12 @@ class Corpus:
         original: vqa_model.py#L221, caption_model.py#L82
         """
         rng = random.Random(seed)
-        answers = [sample_answer(self.choices[i], rng) for i in indices]
-        labels = pad_rows([self.targets[number] for number, _ in answers], self.length, -100)
+        answers = []
+        for i in self.numbers[indices]:
+            choices = zip(self.row("drawn", i).tolist(), self.row("weights", i).tolist())
+            answers.append(sample_answer([*choices], rng))
+        targets = [self.row("targets", number) for number, _ in answers]
+        labels = pad_rows(targets, self.length, -100)
         weights = np.array([weight for _, weight in answers])
         if TASKS[self.task].token_mean:
             tokens = (labels != -100).sum(1)
@@ -989,18 +1635,20 @@ class Corpus:
         return labels, weights
 
 
-def text_ids(tokenizer: Tokenizer, task: str, example: Example, prompts: bool = True) -> list[int]:
-    """The text with its prompt. Of a long one the subtitles are cut.
+def text_ids(tokenizer: Tokenizer, task: str, example: Example, prompts: bool = True,
+             length: int | None = None) -> list[int]:
+    """The text with its prompt. Of one longer than `length`, or the task's, the subtitles are cut.
 
     The original cuts on the right, where the question is: video/tvqa_data.py#L206
     """
     row = TASKS[task]
+    length = length or row.text
     text = row.prompt.format(example.text) if prompts else example.text
     if not row.video:
-        return tokenizer.encode(text, row.text)
+        return tokenizer.encode(text, length)
     said = f"[Subs] {example.subtitles}".rstrip()
     ids = tokenizer.encode(f"{said} {text.lstrip()}")
-    return cut(ids, len(tokenizer.encode(said)) - 1, row.text)
+    return cut(ids, len(tokenizer.encode(said)) - 1, length)
 
 
 def cut(ids, end, length):
@@ -1056,29 +1704,32 @@ def batches(corpora: dict[str, Corpus], batch: int, seed: int, epoch: int, skip:
     >>> list(batches(corpora, 4, seed=0, epoch=0, rank=1, world=2, accumulate=2))
     [('vqa', [[2, 6], [1, -1]])]
     """
-    sizes = {task: batch_size(task, batch * accumulate) for task in corpora}
+    sizes = {task: batch_size(task, batch * accumulate, len(corpus))
+             for task, corpus in corpora.items()}
     mixed = mixture(corpora, sizes, seed, epoch)
     first = epoch * len(mixed) + skip  # its number over all epochs, for seeds
-    stride = world * accumulate
-    parts = [slice(rank + world * i, None, stride) for i in range(accumulate)]
 
     def make(job):
         number, (task, indices) = job
+        parts = min(accumulate, -(-sizes[task] // world))  # each has a row
+        stride = world * parts
         padded = -(-sizes[task] // stride) * stride
-        return task, [corpora[task].batch(indices, padded, f"{seed} {number}", part, pin)
-                      for part in parts]
+        return task, [corpora[task].batch(indices, padded, f"{seed} {number}",
+                                          slice(rank + world * i, None, stride), pin)
+                      for i in range(parts)]
 
     return prefetch(make, enumerate(mixed[skip:], first), 3, threads=2)
 
 
-def batch_size(task: str, batch: int) -> int:
-    """A task's share of --batch."""
-    return max(1, int(TASKS[task].batch * batch))
+def batch_size(task: str, batch: int, count: int) -> int:
+    """A task's share of --batch, at most all of its `count` examples."""
+    return max(1, min(int(TASKS[task].batch * batch), count))
 
 
 def steps_per_epoch(corpora: dict[str, Corpus], batch: int) -> int:
     """batch: of a step, so --batch times --accumulate."""
-    return sum(-(-len(corpus) // batch_size(task, batch)) for task, corpus in corpora.items())
+    return sum(-(-len(corpus) // batch_size(task, batch, len(corpus)))
+               for task, corpus in corpora.items())
 
 
 def mixture(corpora: dict[str, Corpus], sizes: dict[str, int], seed: int,
@@ -1103,15 +1754,35 @@ def mixture(corpora: dict[str, Corpus], sizes: dict[str, int], seed: int,
 
 
 def report_problems(main: Callable, *problems: type):
-    """Runs a command. DataError, OSError and `problems` end it in one sentence, exit code 2."""
+    """Runs a command. DataError, OSError, `problems` and too little memory end it in one sentence,
+    exit code 2.
+    """
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show
     try:
         main()
-    except (DataError, OSError, *problems) as problem:
-        print(f"\n{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as problem:
+        if lack := out_of_memory(problem):
+            problem = (f"{lack}: try a smaller --batch, in training with --accumulate, or "
+                       "--recompute")
+        elif not isinstance(problem, (DataError, OSError, *problems)):
+            raise
+        print(f"\n{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def out_of_memory(problem: BaseException) -> str:
+    """What there is too little of, if that is the problem, or ""."""
+    text = str(problem) if isinstance(problem, RuntimeError) else ""
+    if isinstance(problem, torch.OutOfMemoryError) or re.search("out of mem|ALLOC_FAILED", text):
+        return "out of GPU memory"
+    if isinstance(problem, MemoryError) or re.search("not enough mem|can't allocate mem", text):
+        return "out of memory"
+    return ""
 
 
 def task_list(text: str) -> list[str]:
@@ -1129,22 +1800,26 @@ def report_examples(data, task, pictures):
     needed = (row.train, row.validation, row.test)
     good = True
     for split in dict.fromkeys((*needed, *row.submission)):
+        count = without = 0
+        seen = {}
         try:
-            examples = read_examples(data, task, split)
-        except DataError as problem:
+            for _, e in stream_examples(Files(data), task, split):
+                count += 1
+                without += not (e.subtitles if row.video else e.answers)
+                seen.update(dict.fromkeys(e.pictures))
+        except (DataError, OSError) as problem:
             advice = f"get it at {row.source}" if split in needed else "needed for submissions only"
             print(f"{task:<8}{split:<20}{problem}\n{'':28}{advice}")
             good &= split not in needed
             continue
         published = row.counts.get(split)
         note = f" (published: {published:,})" if published else ""
-        if len(examples) == published:
+        if count == published:
             note = " (as published)"
-        without = sum(not (e.subtitles if row.video else e.answers) for e in examples)
         what = "subtitles" if row.video else "an answer to learn"
-        print(f"{task:<8}{split:<20}{len(examples):>9,} examples{note}, {without:,} without {what}")
+        print(f"{task:<8}{split:<20}{count:>9,} examples{note}, {without:,} without {what}")
         if split in needed:
-            pictures.update(pictures_of(examples))
+            pictures.update(seen)
     return good
 
 
@@ -1160,8 +1835,9 @@ def report_files(data, source, names):
 
     def probe(path):
         if path.suffix == ".npz":
-            return load_features(path)
-        return load_video(path, 32) if video else load_picture(path, 32)
+            load_features(path)
+        else:
+            (load_video if video else load_picture)(path, 32)
 
     loaded = tqdm(load_ahead(found.values(), probe, 192), f"looking at {source}", len(found),
                   unit=" files")

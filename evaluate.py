@@ -17,7 +17,6 @@ original: FILE#L is https://github.com/ylsung/VL_adapter/blob/545fcbb/VL-T5/src/
 
 import argparse
 import base64
-import hashlib
 import html
 import io
 import json
@@ -25,6 +24,7 @@ import math
 import os
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from copy import copy
@@ -38,11 +38,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from adapters import METHODS, AdapterError, cast_frozen, install, load, select
-from data import (TASKS, Corpus, Example, Features, check_labels, choose_from, find_files,
-                  folders_of, from_clip, is_released, load_video, open_corpora, open_picture,
-                  prefetch, read_examples, released_features, report_problems, task_list, text_ids,
-                  write_atomically)
+from adapters import METHODS, AdapterError, cast_frozen, check_method, install, load, select
+from data import (TASKS, Corpus, DataError, Example, Features, check_labels, choose_from,
+                  find_files, folders_of, from_clip, is_released, load_video, open_corpora,
+                  open_picture, open_regular, prefetch, read_examples, released_features,
+                  report_problems, sha256, task_list, text_ids, write_atomically)
 from model import ADDED_TOKENS, VLModel, WeightsError, load_backbone, read_json
 from tokenizer import Tokenizer, VocabularyError, load_tokenizer, ptb_words, vqa_normal_form
 
@@ -350,15 +350,25 @@ def read_sizes(text: str) -> dict:
     try:
         pairs = [part.split("=") for part in text.split(",")]
         return {name: json.loads(value) for name, value in pairs}
-    except ValueError:
+    except (ValueError, RecursionError):
         raise argparse.ArgumentTypeError(f"expected K=4,K=true,... not {text!r}") from None
 
 
+LIMITS = {"epochs": (1, 2 ** 31), "batch": (1, 2 ** 31), "accumulate": (1, 2 ** 31),
+          "lr": (1e-30, 1e30), "seed": (0, 2 ** 31 - 1)}
 HEADINGS = {  # groups of --help, by their first flag
     "method": "what is trained",
     "data": "files (default: a built-in miniature)",
     "epochs": "how",
 }
+
+
+def is_path(text: str) -> bool:
+    """Whether a file may have such a name."""
+    try:
+        return "\0" not in text and bool(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
 
 
 @dataclass
@@ -381,6 +391,7 @@ class Run:
     vision: str = flag(None, "CLIP in --weights, or features in DATA/video/vis_features/*/ "
                        "(default: RN101; videos: clip-vit)")
     allow_missing: bool = flag(False, "leave out examples without a readable picture")
+    cache: str | None = flag(None, "where features are kept (default: DATA)", type=str)
 
     epochs: int = flag(None, "default: 20; videos: 7")
     batch: int = flag(None, "examples a step of all processes (default: 500, T5 300; video 50, 30)")
@@ -405,42 +416,44 @@ class Run:
         """Raises RunError; None passes unless complete."""
         for row in fields(self):
             value = getattr(self, row.name)
-            if not isinstance(value, row.type) and (complete or value is not None):
-                kind = row.type.__name__ if isinstance(row.type, type) else row.type
+            if value is None and not complete:
+                continue
+            kind = row.type.__name__ if isinstance(row.type, type) else row.type
+            good = isinstance(value, row.type) and (type(value) is not bool or row.type is bool)
+            if row.name in LIMITS:
+                least, most = LIMITS[row.name]
+                kind = f"a number from {least:,} to {most:,}"
+                good = good and least <= value <= most
+            if not good or isinstance(value, str) and not is_path(value):
                 raise RunError(f"{row.name} is {value!r}, expected {kind}")
 
-        for name in self.method.split("+"):
-            if name not in METHODS:
-                raise RunError(f"unknown method: {name!r}; known are {', '.join(METHODS)}")
-            known = METHODS[name].sharings
-            if self.sharing not in known:
-                raise RunError(f"{name} has no --sharing {self.sharing}; it has {', '.join(known)}")
-
+        try:
+            check_method(self.method, self.sharing, self.sizes)
+        except AdapterError as problem:
+            raise RunError(f"--method {self.method} cannot be installed: {problem}") from None
         known = list(TASKS)  # a list, for what has no hash
-        if not self.tasks or any(task not in known for task in self.tasks):
-            raise RunError(f"tasks are {self.tasks}, expected some of {', '.join(TASKS)}")
-        if len({TASKS[task].video for task in self.tasks}) > 1:
+        tasks = self.tasks
+        if not tasks or any(task not in known or tasks.count(task) > 1 for task in tasks):
+            raise RunError(f"tasks are {tasks}, expected some of {', '.join(TASKS)}")
+        if len({TASKS[task].video for task in tasks}) > 1:
             raise RunError("pictures and videos see features of different kinds: train them apart")
-
-        for value in (self.batch, self.accumulate, self.epochs, self.lr):
-            if value is not None and not 0 < value < math.inf:
-                raise RunError("--batch, --accumulate, --epochs and --lr are positive numbers")
-        if not 0 <= self.seed < 2 ** 31:
-            raise RunError("--seed is a number from 0 to 2147483647")
+        if self.sites == [] or any(not isinstance(site, str) for site in self.sites or ()):
+            raise RunError(f"sites are {self.sites}, expected words, or none")
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """The run in a folder. Raises RunError."""
-        path = folder / "config.json"
+        config = read_config(folder)
+        flags = {"cache": None} | config["flags"]  # older runs have none
         try:
-            flags = json.loads(path.read_text(encoding="utf-8"))["flags"]
             run = cls(**{row.name: flags[row.name] for row in fields(cls)})
             run.check()
             return run
-        except FileNotFoundError:
-            raise RunError(f"{folder} is not a run: it has no config.json") from None
-        except (ValueError, KeyError, TypeError) as problem:
-            raise RunError(f"{path} is not the config.json of a run: {problem!r}") from None
+        except KeyError as name:
+            problem = f"its flags lack {name}"
+        except RunError as odd:
+            problem = odd
+        raise RunError(f"{folder / 'config.json'} is not the config.json of a run: {problem}")
 
     @property
     def video(self) -> bool:
@@ -459,6 +472,11 @@ class Run:
             hint = " nor in video/vis_features; for your own videos: --vision RN101"
         raise RunError(f"no weights called {name} in {folder}{hint} (there: {listed})")
 
+    def reading(self) -> dict:
+        """How `open_corpora` reads."""
+        return {"prompts": self.prompts, "allow_missing": self.allow_missing,
+                "cache": Path(self.cache) if self.cache else None}
+
     def family(self) -> str:
         """model_type of the backbone's config.json: bart or t5."""
         return read_json(self.weight_path(self.backbone) / "config.json").get("model_type", "")
@@ -473,11 +491,38 @@ class Run:
 
     def check_hashes(self, folder: Path, hashes: dict[str, str]):
         """Raises RunError unless the run in a folder has them."""
-        config = read_json(folder / "config.json")
+        config = read_config(folder)
         for name, digest in hashes.items():
-            if config.get(name) != digest:
+            if config[name] != digest:
                 raise RunError(f"{folder} was begun with other weights than these: {name} differs "
                                "from its config.json")
+
+
+CONFIG = {"flags": dict, "examples": dict, "id": str, "backbone_sha256": str, "vision_sha256": str}
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a run. Raises RunError."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise RunError(f"{folder} is not a run: it has no config.json")
+    config = {"examples": {}, "id": ""} | read_json(path)  # older runs have neither
+    for name, kind in CONFIG.items():
+        if not isinstance(config.get(name), kind):
+            raise RunError(f"{path} is not the config.json of a run: {name} is "
+                           f"{config.get(name)!r}, expected {kind.__name__}")
+    return config
+
+
+def load_run(model: VLModel, folder: Path, name: str) -> dict:
+    """best.pt or last.pt into the model; returns what else is in it. Raises RunError.
+
+    Weights of another run may fit, too: so each file knows the id of its run.
+    """
+    others = load(model, folder / name)
+    if others.get("run", "") != read_config(folder)["id"]:
+        raise RunError(f"{folder / name} is of another run than {folder / 'config.json'}")
+    return others
 
 
 def file_hash(path: Path) -> str:
@@ -486,11 +531,9 @@ def file_hash(path: Path) -> str:
         path = path / "model.safetensors"
         if not path.exists():
             path = path.with_name("pytorch_model.bin")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    if not path.exists():
+        raise RunError(f"{path} is missing")
+    return sha256(path)
 
 
 def open_run(run: Run, hashes: dict[str, str],
@@ -515,6 +558,11 @@ def open_run(run: Run, hashes: dict[str, str],
 
     torch.manual_seed(run.seed)  # for visual part, added tokens, method
     model = load_backbone(folder, features.channels, len(tokenizer))
+    for name, theirs, ours in (("pad_token_id", model.config.pad, tokenizer.pad),
+                               ("eos_token_id", model.config.eos, tokenizer.eos)):
+        if theirs != ours:
+            raise RunError(f"{folder / 'config.json'}: {name} is {theirs}, but the tokenizer's "
+                           f"is {ours}")
     try:
         filled = install(model, run.method, model.config.d_model, run.tasks, run.sharing, run.sites,
                          backbone=run.family(), **run.sizes)
@@ -529,9 +577,11 @@ def pick_device(name: str | None) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).splitlines()[0]
+        used = torch.zeros(1, device=name)
+        used.item()  # meta has no numbers
+        return used.device
+    except Exception as problem:  # each kind of device has its own
+        reason = str(problem).split("\n")[0]
         raise RunError(f"device {name!r} cannot be used: {reason}") from None
 
 
@@ -544,11 +594,12 @@ def answer(model: VLModel, tokenizer: Tokenizer, corpus: Corpus, device: torch.d
     """The model's answers to a corpus, or to a part of it, in order.
 
     bf16: under autocast. decode: a compiled `model.decode`. Of 5 examples and batch 2 the batches
-    are [0, 1], [2, 3] and [4], filled up to 2 rows.
+    are [0, 1], [2, 3] and [4], filled up to 2 rows; of one example and batch 2 it is [0].
     """
     model.eval()
     select(model, corpus.task)
     asked = np.arange(len(corpus))[part]
+    batch = max(1, min(batch, len(asked)))
     batches = [asked[i:i + batch] for i in range(0, len(asked), batch)]
     make = partial(corpus.batch, size=batch, pin=device.type == "cuda")
     answers = []
@@ -595,7 +646,9 @@ def shuffle_pictures(corpus: Corpus, seed: int = 0):
 def read_predictions(path: Path, task: str) -> dict[str, str]:
     """{id: answer} of JSON lines. Raises RunError."""
     answers = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -624,7 +677,7 @@ def save_gallery(path: Path, data: Path, corpora: dict[str, Corpus], rows: dict[
             there = [thumbnails(files[name], video) for name in pictures[i] if name in files]
             parts.append(card(rows[task][i], chain(*there)))
         parts.append("</main>")
-    write_atomically(path, PAGE.replace("CARDS", "".join(parts)).encode())
+    write_atomically(path, PAGE.replace("CARDS", "".join(parts)).encode(errors=ESCAPE))
 
 
 def card(row: dict, images: Iterable[str]) -> str:
@@ -654,12 +707,15 @@ def card(row: dict, images: Iterable[str]) -> str:
 
 
 def thumbnails(path: Path, video: bool) -> list[str]:
-    """A picture, or four frames of a video, as data: URLs."""
-    if video:
-        frames = load_video(path, 160)  # [frames, 160, 160, 3]
-        pictures = [Image.fromarray(frame) for frame in frames[::len(frames) // 4 or 1][:4]]
-    else:
-        pictures = [open_picture(path)]
+    """A picture, or four frames of a video, as data: URLs; none of a broken one."""
+    try:
+        if video:
+            frames = load_video(path, 160)  # [frames, 160, 160, 3]
+            pictures = [Image.fromarray(frame) for frame in frames[::len(frames) // 4 or 1][:4]]
+        else:
+            pictures = [open_picture(path)]
+    except DataError:
+        return []
     urls = []
     for picture in pictures:
         picture.thumbnail((240, 240))
@@ -682,6 +738,7 @@ def parse() -> argparse.Namespace:
         help="test of videos: validation again")
     add("--data", help="default: as in training")
     add("--weights", help="default: as in training")
+    add("--cache", help="where features are kept (default: DATA)")
     add("--allow-missing", action="store_true", default=None, help="as in train.py")
     add("--weights-of", choices=("best", "last"), default="best", help="default: best")
     add("--batch", type=int, default=200)
@@ -715,7 +772,7 @@ def main():
     args = parse()
     run = Run.read(args.run)
     device = pick_device(args.device)
-    for name in ("data", "weights", "allow_missing"):
+    for name in ("data", "weights", "cache", "allow_missing"):
         if getattr(args, name):
             setattr(run, name, getattr(args, name))
     tasks = args.tasks or run.tasks
@@ -728,14 +785,14 @@ def main():
         return
     if args.image or args.video:
         check_question(args, run, tasks[0])
-    path = args.run / f"{args.weights_of}.pt"
-    if not path.exists():
-        raise RunError(f"{path} is missing: the run was stopped before it saved")
+    name = f"{args.weights_of}.pt"
+    if not (args.run / name).exists():
+        raise RunError(f"{args.run / name} is missing: the run was stopped before it saved")
 
     hashes = run.hashes()
     run.check_hashes(args.run, hashes)
     model, tokenizer, features, _ = open_run(run, hashes, device)
-    load(model, path)
+    load_run(model, args.run, name)
     model.to(device).eval()
     bf16 = args.bf16
     if bf16 is None:
@@ -752,7 +809,7 @@ def main():
         return
 
     corpora, = open_corpora(Path(run.data), run.vision, features, tokenizer, splits,
-                            prompts=run.prompts, allow_missing=run.allow_missing)
+                            **run.reading())
     scores = {}
     rows = {}
     for task, corpus in corpora.items():
@@ -805,13 +862,14 @@ def submit(folder: Path, run: Run, tokenizer: Tokenizer, features: Features, tas
     """What is missing ends it before the first answer."""
     files = [(task, *file) for task in tasks for file in TASKS[task].submission.items()]
     opened = open_corpora(Path(run.data), run.vision, features, tokenizer,
-                          *({task: split} for task, split, _ in files), prompts=run.prompts)
+                          *({task: split} for task, split, _ in files),
+                          **run.reading() | {"allow_missing": False})
     for (task, split, name), corpora in zip(files, opened):
         corpus = corpora[task]
         text = METRICS[TASKS[task].metric].write(corpus.examples, answer_all(corpus=corpus))
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
+        write_atomically(path, text.encode(errors=ESCAPE))
         published = TASKS[task].counts.get(split, len(corpus))
         note = "" if published == len(corpus) else f" (published: {published:,})"
         print(f"{path}: {len(corpus):,} answers{note}")
@@ -827,27 +885,36 @@ def check_question(args: argparse.Namespace, run: Run, task: str):
     pictures = 2 if task == "nlvr" else 1
     if args.image and len(args.image) != pictures:
         raise RunError(f"{task} needs {pictures} of --image, not {len(args.image)}")
-    if not args.question and row.metric not in ("caption", "moment"):
+    if not args.question.strip() and row.metric not in ("caption", "moment"):
         raise RunError(f"{task} needs a --question")
     if (args.choices is None) == (row.metric == "choices"):
         raise RunError(f"{task} {'needs' if args.choices is None else 'has no'} --choices")
+    if args.choices is not None:
+        args.choices = [choice.strip() for choice in args.choices.split("|")]
+        if "" in args.choices or len(set(args.choices)) < max(2, len(args.choices)):
+            raise RunError('--choices are two or more different texts: "a cup|a hat"')
 
 
 def ask(args: argparse.Namespace, task: str, prompts: bool, model: VLModel, tokenizer: Tokenizer,
         features: Features, bf16: bool) -> str:
-    choices = args.choices.split("|") if args.choices else []
+    choices = args.choices or []
     text = choose_from(args.question, "", choices) if choices else args.question
     example = Example(0, (), text, {}, subtitles=args.subtitles)
     ids = text_ids(tokenizer, task, example, prompts)
+    whole = text_ids(tokenizer, task, example, prompts, length=sys.maxsize)
+    if len(whole) > len(ids):
+        print(f"the text has {len(whole):,} tokens, but {task} takes {len(ids)}: the end of "
+              f"{'the subtitles' if args.subtitles else 'it'} was cut", file=sys.stderr)
     paths = [args.video] if args.video else args.image
     seen = features.encode([features.load(path) for path in paths])  # [pictures, tokens, channels]
     select(model, task)
     ids = torch.tensor([ids], device=seen.device)  # [1, length]
     said, = reply(model, tokenizer, task, ids, seen[None], bf16)
-    names = {f"a{i}": choice.strip() for i, choice in enumerate(choices)}
+    names = {f"a{i}": choice for i, choice in enumerate(choices)}
     return names.get(said, said)
 
 
+ESCAPE = "backslashreplace"  # what a question has of half a character
 PAGE = """<!doctype html><meta charset="utf-8"><title>Predictions</title><style>
 body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 1200px; background: #fafafa }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 16px }

@@ -20,17 +20,20 @@ It needs torch alone. Without features it is BART or T5:
     model.answer(ids, beams=5)  # token ids in, token ids out
 """
 
+import io
 import json
 import math
+import mmap
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -422,7 +425,7 @@ class RelativePositions(nn.Embedding):
     def __init__(self, config: Config, causal: bool):
         super().__init__(config.buckets, config.heads)
         self.ahead = 0 if causal else config.buckets // 2  # first bucket of keys ahead
-        count = config.buckets - self.ahead
+        count = self.ahead or config.buckets
         exact = count // 2
         # The formula inverted: where bucket i begins.
         growth = config.max_distance / exact
@@ -430,6 +433,7 @@ class RelativePositions(nn.Embedding):
         for i in range(count - exact):
             boundaries.append(math.ceil(exact * growth ** (i / (count - exact)) - 1e-6))
         self.register_buffer("boundaries", torch.tensor(boundaries), persistent=False)
+        self.dropout = config.dropout
 
     def add(self, text, positions):
         return text
@@ -444,7 +448,12 @@ class RelativePositions(nn.Embedding):
         bucket = bucket + self.ahead * (distance > 0)
         bias = self(bucket).permute(2, 0, 1)  # [heads, queries, keys]
         visual = mask.size(-1) - len(keys)  # these follow the text
-        return torch.where(mask, F.pad(bias, (0, visual, 0, visual)), -torch.inf)
+        bias = torch.where(mask, F.pad(bias, (0, visual, 0, visual)), -torch.inf)
+        # Else each layer's attention would cast it, and keep that for the backward pass.
+        device = bias.device.type
+        if torch.is_autocast_enabled(device) and not cpu_dropout(bias, self.dropout):
+            bias = bias.to(torch.get_autocast_dtype(device))
+        return bias
 
 
 # ---- CLIP ----
@@ -615,7 +624,9 @@ def generate(model: VLModel, ids, features=None, beams=1, max_length=20, decode=
 
     def next_logits(tokens):
         cache.step.fill_(tokens.size(1) - 1)
-        hidden = decode(tokens[:, -1:].contiguous(), None, cache.mask, cache)
+        # A copy, for compiled a view has a graph of its own, and a row of another stride, too.
+        last = tokens[:, -1:].clone(memory_format=torch.contiguous_format)
+        hidden = decode(last, None, cache.mask, cache)
         logits = model.logits(hidden[:, 0]).float()
         return force(model.config, logits, tokens.size(1), max_length)
 
@@ -787,7 +798,7 @@ class DecoderCache:
     def __init__(self, decoder: Stack, memory, mask, max_length):
         self.max_length = max_length
         self.step = torch.zeros(1, dtype=torch.long, device=memory.device)
-        self.mask = mask
+        self.mask = mask.clone()  # no view: compiled, it would have a graph of its own
         self.layers = []
         for layer in decoder.layers:
             cross = layer.cross_attn.inner.keys_values(memory)
@@ -936,59 +947,94 @@ def fold_norms(encoder: CLIPResNet) -> CLIPResNet:
 # ---- weights of BART and T5 ----
 
 
+SIZE, DEPTH, ID = (1, 10 ** 6), (1, 100), (0, None)  # lowest and highest; None: the last id
+# Ours, theirs, limits: whole numbers, or of the limits' kind.
+FIELDS = [
+    ("loaded_vocab", "vocab_size", SIZE),
+    ("d_model", "d_model", SIZE),
+    ("decoder_start", "decoder_start_token_id", ID),
+    ("pad", "pad_token_id", ID),
+    ("eos", "eos_token_id", ID),
+    # None: null or missing is Config's own.
+    ("forced_bos", "forced_bos_token_id", ID, None),
+    ("forced_eos", "forced_eos_token_id", ID, None),
+    ("no_repeat_ngram", "no_repeat_ngram_size", (0, 10 ** 6), None),
+    ("early_stopping", "early_stopping", (False, True), None),
+    ("length_penalty", "length_penalty", (-100.0, 100.0), None),
+]
+BART_FIELDS = [
+    ("heads", "encoder_attention_heads", SIZE),
+    ("d_ff", "encoder_ffn_dim", SIZE),
+    ("encoder_layers", "encoder_layers", DEPTH),
+    ("decoder_layers", "decoder_layers", DEPTH),
+    ("max_positions", "max_position_embeddings", SIZE),
+    ("dropout", "dropout", (0.0, 0.99)),
+]
+T5_FIELDS = [
+    ("heads", "num_heads", SIZE),
+    ("head_dim", "d_kv", SIZE),
+    ("d_ff", "d_ff", SIZE),
+    ("encoder_layers", "num_layers", DEPTH),
+    ("decoder_layers", "num_decoder_layers", DEPTH),
+    ("buckets", "relative_attention_num_buckets", (4, 10 ** 6)),
+    ("max_distance", "relative_attention_max_distance", SIZE),
+    ("dropout", "dropout_rate", (0.0, 0.99)),
+    ("eps", "layer_norm_epsilon", (1e-15, 0.1)),
+]
+
+
 def bart(hf: dict, feature_dim=2048, vocab_size=None) -> Config:
     """BART's Config (Lewis et al. 2020) from config.json; vocab_size None: the file's own."""
     hf = dict(decoder_start_token_id=2, pad_token_id=1, eos_token_id=2, forced_eos_token_id=2,
               dropout=0.1) | hf
-    if hf.get("activation_function", "gelu") != "gelu" or hf.get("scale_embedding"):
-        raise WeightsError("only BART with gelu and unscaled embeddings is built")
-    sizes = dict(heads="encoder_attention_heads", d_ff="encoder_ffn_dim",
-                 encoder_layers="encoder_layers", decoder_layers="decoder_layers",
-                 max_positions="max_position_embeddings")
-    config = from_hf(hf, sizes, vocab_size, feature_dim=feature_dim, dropout=hf["dropout"])
-    if hf.get("decoder_attention_heads", config.heads) != config.heads:
-        raise WeightsError("decoder_attention_heads and encoder_attention_heads differ")
-    return config
+    values = read_fields(hf, BART_FIELDS, vocab_size)
+    check_only(hf, activation_function="gelu", scale_embedding=False,
+               decoder_attention_heads=values["heads"])
+    if values["d_model"] % values["heads"]:
+        raise WeightsError("d_model should be a multiple of encoder_attention_heads")
+    return Config(**values, feature_dim=feature_dim)
 
 
 def t5(hf: dict, feature_dim=2048, vocab_size=None) -> Config:
     """T5's (Raffel et al. 2020), likewise."""
-    hf = dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, forced_eos_token_id=None,
-              dropout_rate=0.1, layer_norm_epsilon=1e-6, num_decoder_layers=hf.get("num_layers"),
-              relative_attention_max_distance=128) | hf
-    if hf.get("feed_forward_proj", "relu") != "relu" or hf.get("tie_word_embeddings") is False:
-        raise WeightsError("only T5 with relu and one word table is built, not 1.1 or Flan")
-    sizes = dict(heads="num_heads", head_dim="d_kv", d_ff="d_ff", encoder_layers="num_layers",
-                 decoder_layers="num_decoder_layers", buckets="relative_attention_num_buckets",
-                 max_distance="relative_attention_max_distance")
-    config = from_hf(hf, sizes, vocab_size, feature_dim=feature_dim, dropout=hf["dropout_rate"],
-                     max_positions=None, prenorm=True, bias=False, score_scale=1.0,
-                     norm=partial(nn.RMSNorm, eps=hf["layer_norm_epsilon"]), activation=F.relu,
-                     embedding_std=1.0)
-    return replace(config, head_scale=config.d_model ** -0.5)
+    hf = dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, dropout_rate=0.1,
+              layer_norm_epsilon=1e-6, relative_attention_max_distance=128) | hf
+    if hf.get("num_decoder_layers") is None:
+        hf["num_decoder_layers"] = hf.get("num_layers")
+    values = read_fields(hf, T5_FIELDS, vocab_size)
+    check_only(hf, feed_forward_proj="relu", tie_word_embeddings=True)  # not 1.1 or Flan
+    if values["max_distance"] <= values["buckets"] // 2:
+        raise WeightsError("relative_attention_max_distance is too small for the buckets")
+    return Config(norm=partial(nn.RMSNorm, eps=values.pop("eps")), **values, max_positions=None,
+                  feature_dim=feature_dim, prenorm=True, bias=False, score_scale=1.0,
+                  activation=F.relu, embedding_std=1.0, head_scale=values["d_model"] ** -0.5)
 
 
-def from_hf(hf: dict, sizes: dict[str, str], vocab_size: int | None, **others) -> Config:
-    """What both families have; sizes: our names -> config.json's."""
-    sizes = dict(loaded_vocab="vocab_size", d_model="d_model") | sizes
-    for name in sizes.values():
-        if not isinstance(hf.get(name), int) or hf[name] < 1:
-            raise WeightsError(f"{name} is {hf.get(name)!r}, expected a number from 1 on")
-    loaded = hf["vocab_size"]
-    vocab_size = loaded if vocab_size is None else vocab_size
-    if not loaded <= vocab_size <= loaded + ADDED_TOKENS:
+def read_fields(hf: dict, fields: list, vocab_size: int | None) -> dict:
+    """The fields by our names, each of its kind. Errors begin with the field's name."""
+    values = {}
+    for ours, name, (low, high), *null in FIELDS + fields:
+        value = hf.get(name)
+        if null and value is None:
+            continue
+        high = values["loaded_vocab"] - 1 if high is None else high
+        kinds = (int, float) if type(low) is float else (type(low),)  # True is no number
+        if type(value) not in kinds or not low <= value <= high:
+            kind = {bool: "one of", int: "a whole number from"}.get(type(low), "a number from")
+            raise WeightsError(f"{name} should be {kind} {low:,} to {high:,}")
+        values[ours] = value
+    loaded = values["loaded_vocab"]
+    values["vocab_size"] = loaded if vocab_size is None else vocab_size
+    if not loaded <= values["vocab_size"] <= loaded + ADDED_TOKENS:
         raise WeightsError(f"vocab_size is {loaded:,}, "
                            f"the tokenizer with its added words has {vocab_size:,}")
-    if "head_dim" not in sizes and hf["d_model"] % hf[sizes["heads"]]:
-        raise WeightsError(f"d_model is no multiple of {sizes['heads']}")
-    penalty = hf.get("length_penalty")
-    return Config(
-        vocab_size, **{ours: hf[theirs] for ours, theirs in sizes.items()}, **others,
-        decoder_start=hf["decoder_start_token_id"], pad=hf["pad_token_id"], eos=hf["eos_token_id"],
-        forced_bos=hf.get("forced_bos_token_id"), forced_eos=hf["forced_eos_token_id"],
-        no_repeat_ngram=hf.get("no_repeat_ngram_size") or 0,
-        early_stopping=hf.get("early_stopping") is True,
-        length_penalty=1.0 if penalty is None else penalty)
+    return values
+
+
+def check_only(hf: dict, **only):
+    for name, value in only.items():
+        if hf.get(name, value) != value:
+            raise WeightsError(f"{name} should be {json.dumps(value)}: no other model is built")
 
 
 # Weights of a layer: ours, BART's, T5's.
@@ -1024,7 +1070,8 @@ T5 = {
     "{stack}.final_norm.weight": "{stack}.final_layer_norm.weight",
 }
 FAMILIES = {"bart": (bart, BART), "t5": (t5, T5)}  # model_type -> preset, weight names
-LEFT_OVER = (".version", "EncDecAttention.relative_attention_bias.weight")  # of old files
+LEFT_OVER = (  # neither needed nor unknown
+    ".version", "EncDecAttention.relative_attention_bias.weight", ".num_batches_tracked")
 
 
 def load_backbone(folder: str | Path, feature_dim=2048, vocab_size=None) -> VLModel:
@@ -1034,58 +1081,81 @@ def load_backbone(folder: str | Path, feature_dim=2048, vocab_size=None) -> VLMo
     vocab_size counts added tokens; None: there are none. Raises WeightsError.
     """
     folder = Path(folder)
-    path = folder / "config.json"
+    path, wishes = folder / "config.json", folder / "generation_config.json"
     hf = read_json(path)
-    if (folder / "generation_config.json").exists():
-        hf |= read_json(folder / "generation_config.json")
-    kind = hf.get("model_type")
-    if kind not in FAMILIES:
-        names = ", ".join(FAMILIES)
-        raise WeightsError(f"{path}: model_type is {kind!r}, expected one of {names}")
-    preset, table = FAMILIES[kind]
+    wished = read_json(wishes) if wishes.exists() else {}
+    hf |= wished
+    if str(hf.get("model_type")) not in FAMILIES:
+        raise WeightsError(f"{path}: model_type should be {' or '.join(FAMILIES)}")
+    preset, table = FAMILIES[hf["model_type"]]
     try:
-        model = VLModel(preset(hf, feature_dim, vocab_size))
-    except (TypeError, ValueError, RuntimeError) as problem:
-        raise WeightsError(f"{path}: {problem}") from None
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            load_weights(model, read_weights(folder / name), table, folder / name)
+        config = preset(hf, feature_dim, vocab_size)
+    except WeightsError as problem:
+        file = wishes if str(problem).split()[0] in wished else path
+        raise WeightsError(f"{file}: {problem}") from None
+    for path in folder / "model.safetensors", folder / "pytorch_model.bin":
+        if path.exists():
+            weights = read_weights(path)
+            # Sizes are compared before memory is taken.
+            with torch.device("meta"):
+                skeleton = VLModel(config)
+            weights = fit_weights(skeleton, weights, table, path)
+            model = VLModel(config)
+            state = model.state_dict()
+            for name, tensor in weights.items():
+                state[name][:len(tensor)].copy_(tensor)
             return model
     raise WeightsError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
 
 
-def load_weights(model: VLModel, weights: dict, table: dict, source="the weights"):
-    """Copies raw weights into the model: every name of the table, every tensor but LEFT_OVER.
+def fit_weights(model: VLModel, weights: dict, table: dict, path) -> dict[str, torch.Tensor]:
+    """A file's tensors by our names; of tables with added rows the loaded_vocab first ones.
 
-    embed_tokens and its bias get loaded_vocab rows; the bias may be missing. Raises WeightsError.
+    logits_bias may be missing. Raises WeightsError.
     """
     weights = dict(weights)
     if table is BART and not any(name.startswith("model.") for name in weights):
         weights = {f"model.{name}": tensor for name, tensor in weights.items()}  # has no head
+    bias = table["logits_bias"]
+    if bias in weights:
+        weights[bias] = weights[bias].flatten()  # stored as [1, vocab]
     state = model.state_dict()
-    problems = []
+    found = {}  # our name: theirs
+    wanted = {}
     for name, theirs in expand(table, model.config).items():
-        found = [alias for alias in theirs if alias in weights]
-        copies = [weights.pop(alias) for alias in found]
-        if name == "logits_bias":
-            copies = [copy.flatten() for copy in copies]  # stored as [1, vocab]
-        elif not copies:
-            problems.append(f"no {theirs[0]}")
+        found[name] = [alias for alias in theirs if alias in weights]
         target = state[name]
         if name in ("embed_tokens.weight", "logits_bias"):
             target = target[:model.config.loaded_vocab]
-        for alias, tensor in zip(found, copies):
-            if tensor.shape != target.shape:
-                problems.append(f"{alias} is {list(tensor.shape)}, expected {list(target.shape)}")
-            elif tensor is not copies[0] and not torch.equal(tensor, copies[0]):
-                problems.append(f"{' and '.join(theirs)} are not the same table")
-            else:
-                target.copy_(tensor)
-    problems += [f"unknown {name}" for name in weights if not name.endswith(LEFT_OVER)]
+        if name != "logits_bias":
+            found[name] = found[name] or theirs[:1]
+        wanted |= dict.fromkeys(found[name], target)
+    compare(weights, wanted, f"{path} does not fit its config.json")
+    for theirs in filter(None, found.values()):
+        first = weights[theirs[0]].float()
+        if any(not torch.equal(first, weights[alias].float()) for alias in theirs[1:]):
+            raise WeightsError(f"{path}: {' and '.join(theirs)} are not the same table")
+    return {name: weights[theirs[0]] for name, theirs in found.items() if theirs}
+
+
+def compare(weights: dict, wanted: dict, otherwise: str):
+    """WeightsError unless names, shapes and kinds are the wanted ones, and numbers finite."""
+    problems = []
+    for name in wanted | weights:
+        tensor, target = weights.get(name), wanted.get(name)
+        if name.endswith(LEFT_OVER):
+            continue
+        elif tensor is None or target is None:
+            problems.append(f"{'no' if tensor is None else 'unknown'} {name}")
+        elif tensor.shape != target.shape:
+            problems.append(f"{name} is {[*tensor.shape]}, expected {[*target.shape]}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} is of {tensor.dtype}, expected floating-point numbers")
+        elif not tensor.float().isfinite().all():
+            problems.append(f"{name} has numbers that are not finite")
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        shown = "; ".join(problems[:4])
-        raise WeightsError(f"{source} does not fit its config.json: {shown}{more}")
+        raise WeightsError(f"{otherwise}: {'; '.join(problems[:4])}{more}")
 
 
 def expand(table: dict, config: Config) -> dict[str, tuple[str, ...]]:
@@ -1108,22 +1178,40 @@ def expand(table: dict, config: Config) -> dict[str, tuple[str, ...]]:
 
 def load_clip(path: str | Path) -> CLIPResNet:
     """The CLIPResNet of OpenAI's RN101.pt etc., eval mode, float32. Raises WeightsError."""
-    weights = {name.removeprefix("visual."): tensor.float()
+    weights = {name.removeprefix("visual."): tensor
                for name, tensor in read_weights(path).items() if name.startswith("visual.")}
-    try:
+    kind = "not a CLIP with a ResNet"
+    with reading(path, kind):
+        if "class_embedding" in weights:
+            raise WeightsError(f"is {kind}, but with a vision transformer")
         blocks = [name.split(".")[0] for name in weights if name.endswith(".bn3.weight")]
         layers = [blocks.count(f"layer{stage}") for stage in (1, 2, 3, 4)]
         side = int((len(weights["attnpool.positional_embedding"]) - 1) ** 0.5)
         width = len(weights["conv3.weight"])
-        encoder = CLIPResNet(layers, width, side, output_dim=len(weights["attnpool.c_proj.weight"]))
+        output_dim = len(weights["attnpool.c_proj.weight"])
+        if min(*layers, side, width, output_dim) < 1 or max(layers) > DEPTH[1] or width % 2:
+            raise ValueError
+        with torch.device("meta"):
+            skeleton = CLIPResNet(layers, width, side, output_dim)
+        compare(weights, skeleton.state_dict(), f"is {kind}")
+        encoder = CLIPResNet(layers, width, side, output_dim)
         encoder.load_state_dict(weights)
-    except (KeyError, RuntimeError, TypeError) as problem:
-        problem = one_line(problem, 300)
-        raise WeightsError(f"{path}: not a CLIP with a ResNet: {problem}") from None
     return encoder.eval()
 
 
 # ---- file formats ----
+# A file is data: nothing in it is run, and no memory is taken that it does not fill.
+
+HEADER_LIMIT = 1 << 22  # bytes; what describes the tensors of large files has a tenth of it
+
+
+def disguise(head: bytes) -> str:
+    """What a file that begins so is in place of another; "" if nothing is known."""
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: git lfs pull fetches it"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not the file itself"
+    return ""
 
 
 @contextmanager
@@ -1131,119 +1219,239 @@ def reading(path: str | Path, kind: str):
     """Makes one WeightsError of whatever a broken or hostile file provokes."""
     try:
         yield
-    except FileNotFoundError:
-        raise WeightsError(f"{path} is missing") from None
-    except Exception as problem:
-        raise WeightsError(f"{path} is {kind}: {one_line(problem, 160)}") from None
+    except WeightsError as problem:
+        raise WeightsError(f"{path} {problem}") from None
+    except OSError as problem:
+        raise WeightsError(f"{path} cannot be read: {problem.strerror}") from None
+    except Exception:
+        raise WeightsError(f"{path} is {kind}") from None
 
 
-def one_line(problem: Exception, length: int) -> str:
-    return " ".join(str(problem).split())[:length] or type(problem).__name__
+def map_file(path: str | Path) -> memoryview:
+    """The bytes of a regular file, not read before they are looked at."""
+    if not Path(path).is_file():
+        raise WeightsError("is not a regular file" if Path(path).exists() else "is missing")
+    with open(path, "rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    if said := disguise(bytes(data[:99])):
+        raise WeightsError(said)
+    return data
 
 
 def read_json(path: Path) -> dict:
     with reading(path, "not JSON"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: expected a JSON object")
+        content = json.loads(bytes(header(map_file(path))))
+        if not isinstance(content, dict):
+            raise WeightsError("should be a JSON object")
     return content
 
 
+def header(data: memoryview) -> memoryview:
+    if len(data) > HEADER_LIMIT:
+        raise WeightsError(f"has more than {HEADER_LIMIT:,} bytes that describe it")
+    return data
+
+
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weight file by name, on the CPU, in the stored precision.
+    """The tensors of a weight file by name, on the CPU, in the stored precision, still in the file.
 
-    safetensors, PyTorch's .bin (zipped or old) or TorchScript (OpenAI's CLIP), told by content. A
-    file is data: nothing in it is run. Raises WeightsError.
+    safetensors, PyTorch's .bin (zipped or old) or TorchScript (OpenAI's CLIP), told by content.
+    Raises WeightsError.
     """
-    path = Path(path)
     with reading(path, "truncated or not a weight file"):
-        with open(path, "rb") as file:
-            head = file.read(9)
-        if head[8:9] == b"{":
-            return read_safetensors(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                if any(name.endswith("/constants.pkl") for name in names):
-                    return read_torchscript(archive, names[0].split("/")[0])
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        values = weights.values() if isinstance(weights, dict) else [None]
-        if not all(isinstance(value, torch.Tensor) for value in values):
-            raise ValueError("expected a dictionary of tensors")
-        return dict(weights)
+        data = map_file(path)
+        if data[8:9] == b"{":
+            return read_safetensors(data)
+        return read_zip(data, path) if data[:2] == b"PK" else read_old(data)
 
 
-DTYPES = {
+DTYPES = {  # safetensors' names, with those of PyTorch's storages
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+STORAGES = dict(zip("Double Float Half BFloat16 Long Int Byte Bool".split(), DTYPES.values()))
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(data: memoryview) -> dict[str, torch.Tensor]:
     """The header's length, 8 bytes; the header; the data, without holes or overlaps."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size:
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]
+    start = 8 + int.from_bytes(data[:8], "little")
+    if start > len(data):
+        raise ValueError
+    entries = json.loads(bytes(header(data[8:start])))
+    entries.pop("__metadata__", None)
+    data = data[start:]
     weights = {}
     reached = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
-        if begin != reached or not begin <= end <= len(data) or min(entry["shape"], default=0) < 0:
-            raise ValueError(f"{name} should lie at bytes {begin} to {end} of {len(data)}, "
-                             f"after {reached}")
-        tensor = data[begin:end].clone().view(DTYPES[entry["dtype"]])
-        weights[name] = tensor.reshape(entry["shape"])
+        shape = entry["shape"]
+        placed = begin == reached and begin <= end <= len(data)
+        if not placed or min(shape, default=0) < 0 or len(shape) > 8:
+            raise WeightsError(f"is truncated or not a weight file, see {check_name(name)}")
+        tensor = numbers(data[begin:end], DTYPES[entry["dtype"]])
+        weights[check_name(name)] = tensor.reshape(shape)
         reached = end
     if reached != len(data):
-        raise ValueError(f"{len(data) - reached} bytes belong to no tensor")
+        raise WeightsError(f"has {len(data) - reached:,} bytes that belong to no tensor")
     return weights
 
 
-def read_torchscript(archive: zipfile.ZipFile, root: str) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a TorchScript archive by their state_dict names.
+def numbers(data: memoryview, dtype) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=dtype) if len(data) else torch.zeros(0, dtype=dtype)
 
-    data.pkl may name tensors, storages, and classes, which become SimpleNamespaces; all else is
-    refused. The archive's code/ is never opened.
+
+def check_name(name) -> str:
+    if type(name) is not str or len(name) > 200 or not name.isprintable():
+        raise WeightsError("has names that are not text, or too long")
+    return name
+
+
+def read_zip(data: memoryview, path) -> dict[str, torch.Tensor]:
+    """A .bin since PyTorch 1.6, or TorchScript: data.pkl, and storages in data/, uncompressed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+    root = next(iter(members)).split("/")[0]
+    if sum(member.compress_size for member in members.values()) > len(data):
+        raise ValueError
+
+    @cache
+    def read(name):
+        member = members[f"{root}/{name}"]
+        names = struct.unpack_from("<2H", data, member.header_offset + 26)
+        begin = member.header_offset + 30 + sum(names)
+        content = data[begin:begin + member.compress_size]
+        if member.compress_type or zlib.crc32(content) != member.CRC:
+            raise WeightsError(f"is damaged or compressed at {check_name(member.filename)}")
+        return content
+
+    reader = Reader(io.BytesIO(header(read("data.pkl"))))
+    content = reader.load()
+    if f"{root}/constants.pkl" in members:
+        content = attributes(content)
+
+    def storage(key):
+        values = numbers(read(f"data/{key}"), reader.storages[key][0])
+        return values.view(reader.storages[key][1])  # raises if it has another number of them
+
+    return make_tensors(content, storage)
+
+
+def read_old(data: memoryview) -> dict[str, torch.Tensor]:
+    """An older .bin: five pickles, then of each storage its count, 8 bytes, and its numbers."""
+    file = io.BytesIO(data[:HEADER_LIMIT])
+    readers = [Reader(file) for _ in range(5)]
+    *_, content, keys = [reader.load() for reader in readers]
+    begin = file.tell()
+    storages = {}
+    for key in keys:
+        dtype, count = readers[3].storages[check_name(key)]
+        end = begin + 8 + count * dtype.itemsize
+        if data[begin:begin + 8] != count.to_bytes(8, "little") or end > len(data):
+            raise ValueError
+        storages[key] = numbers(data[begin + 8:end], dtype)
+        begin = end
+    return make_tensors(content, storages.get)
+
+
+class Table(dict):
+    """A pickle's dictionary, or an object with its attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.attributes = {}
+
+    def __setitem__(self, key, value):
+        # To hash tuples of tuples may take for ever.
+        if type(key) is not str and not (type(key) is int and -1 < key < 2 ** 63):
+            raise WeightsError("has keys that are neither text nor numbers")
+        super().__setitem__(key, value)
+
+
+class Stored:
+    """A tensor of a pickle: which part of a storage it is."""
+
+    def __init__(self, key, *part):
+        self.key, self.part = key, part
+
+
+class Reader(pickle._Unpickler):
+    """Reads pickles of weights, in Python: nothing is called but what is in `known`.
+
+    Opcodes that need more memory than bytes, or that weights need not, are left out.
     """
-    def rebuild(storage, offset, size, stride, *_):
-        return torch.as_strided(storage, size, stride, offset)  # raises beyond the end
+    known = {"collections.OrderedDict": Table, "torch._utils._rebuild_tensor_v2": Stored,
+             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+             **{f"torch.{name}Storage": dtype for name, dtype in STORAGES.items()}}
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in
+                b"\x80\x85\x86\x87\x88\x89\x8a\x8b\x8c\x93\x94\x95()].GJKMNQRTUXacehjqrstu"}
+    dispatch[ord("}")] = lambda self: self.append(Table())
 
-    known = {"collections.OrderedDict": dict, "torch._utils._rebuild_tensor_v2": rebuild}
+    def __init__(self, file):
+        super().__init__(file)
+        self.storages = {}  # key -> dtype, count
 
-    class Reader(pickle.Unpickler):
-        def find_class(self, module, name):
-            path = f"{module}.{name}"
-            if path in known:
-                return known[path]
-            if module == "torch" and name.endswith("Storage"):
-                return name.removesuffix("Storage").lower()  # its kind of numbers
-            if module == "torch.jit._pickle" and name.startswith("build_"):
-                return list
-            if module.startswith("__torch__"):
-                return SimpleNamespace
-            raise ValueError(f"it asks for {path}, which no weight file needs")
+    def find_class(self, module, name):
+        if module == "torch.jit._pickle" and name.startswith("build_"):
+            return lambda values: values
+        if module.startswith("__torch__"):
+            return Table
+        path = f"{module}.{name}"
+        if path not in self.known:
+            raise WeightsError(f"asks for {check_name(path)}, expected dense tensors and no more")
+        return self.known[path]
 
-        def persistent_load(self, pid):
-            _, kind, key, _, count = pid
-            dtype = torch.uint8 if kind == "byte" else getattr(torch, kind)
-            content = bytearray(archive.read(f"{root}/data/{key}"))
-            storage = torch.frombuffer(content, dtype=torch.uint8).view(dtype)
-            if len(storage) != count:
-                raise ValueError(f"storage {key} has {len(storage)} numbers, expected {count}")
-            return storage
+    def persistent_load(self, pid):
+        kinds = [*map(type, pid[1:7])]
+        if kinds[:4] != [torch.dtype, str, str, int] or kinds[4:] not in ([], [type(None)]):
+            raise ValueError
+        self.storages[pid[2]] = pid[1], pid[4]
+        return pid[2]
 
-    def collect(module, prefix=""):
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                weights[prefix + name] = value
-            elif isinstance(value, SimpleNamespace):
-                collect(value, f"{prefix}{name}.")
+    def load_reduce(self):
+        arguments = self.stack.pop()
+        if len(arguments) > 8:
+            raise ValueError
+        self.stack[-1] = self.stack[-1](*arguments)
 
+    def load_build(self):
+        state = self.stack.pop()
+        if type(self.stack[-1]) is Table:
+            self.stack[-1].attributes = state
+
+    dispatch |= {ord("R"): load_reduce, 0x81: load_reduce, ord("b"): load_build}
+
+
+def attributes(module: Table, prefix="") -> Table:
+    """Parameters and buffers of a TorchScript module by their state_dict names."""
+    found = Table()
+    inside, module.attributes = module.attributes, {}  # it may be in itself
+    for name, value in inside.items():
+        name = check_name(prefix + name)
+        if type(value) is Table:
+            found |= attributes(value, f"{name}.")
+        elif type(value) is Stored:
+            found[name] = value
+    return found
+
+
+def make_tensors(content: Table, storage: Callable) -> dict[str, torch.Tensor]:
+    """A state_dict's tensors, also if a training script or DataParallel has wrapped it."""
+    for wrap in "state_dict", "model_state_dict", "model", "module":
+        if type(content) is Table and type(content.get(wrap)) is Table:
+            content = content[wrap]
+    if type(content) is not Table:
+        raise WeightsError("should be a dictionary of tensors")
     weights = {}
-    with archive.open(f"{root}/data.pkl") as file:
-        collect(Reader(file).load())
+    sizes = {}
+    for name, stored in content.items():
+        if type(stored) is not Stored or type(stored.key) is not str:
+            raise WeightsError(f"should be a dictionary of tensors, but for {check_name(name)}")
+        values = storage(stored.key)
+        offset, size, stride, *_ = stored.part
+        tensor = values.as_strided(size, stride, offset)  # raises beyond the end
+        if tensor.numel() > len(values) or tensor.ndim > 8:
+            raise WeightsError(f"has {check_name(name)}, which is not dense")
+        sizes[stored.key] = values.nbytes
+        weights[check_name(name).removeprefix("module.")] = tensor
+    if sum(tensor.nbytes for tensor in weights.values()) > 4 * sum(sizes.values()):
+        raise WeightsError("has tensors that share their memory")
     return weights

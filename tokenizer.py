@@ -14,6 +14,7 @@ The ids are those of transformers' BartTokenizer and of sentencepiece. Needs Pyt
 original: FILE#L is https://github.com/ylsung/VL_adapter/blob/545fcbb/VL-T5/src/FILE#L
 """
 
+import hashlib
 import json
 import re
 import struct
@@ -36,7 +37,13 @@ def load_tokenizer(folder: str | Path, added: Sequence[str] = ()) -> "Tokenizer"
     `added` tokens get ids behind the vocabulary's, unless they are in it.
     """
     family = Unigram if (Path(folder) / "spiece.model").exists() else BPE
-    return family(folder, added)
+    tokenizer = family(folder, added)
+    content = repr([*added]).encode()
+    for name in "spiece.model", "vocab.json", "merges.txt", "tokenizer.json":
+        if (path := Path(folder) / name).exists():
+            content += read_file(path)
+    tokenizer.hash = hashlib.sha256(content).hexdigest()
+    return tokenizer
 
 
 class Tokenizer:
@@ -44,7 +51,10 @@ class Tokenizer:
 
     ids: {piece or token: id}. bos and eos stand around a text (T5's bos is None), pad fills a
     batch, unk is what has no piece. `special` finds tokens that a text spells out.
+    hash: sha256 of the files and `added`, "" where they are not known.
     """
+
+    hash = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,12 +92,14 @@ SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s
 
 
 class BPE(Tokenizer):
-    """BART's, of vocab.json {piece: id} and merges.txt. <mask> swallows the spaces on its left."""
+    """BART's, of vocab.json {piece: id} and merges.txt, or of transformers 5's tokenizer.json.
+
+    <mask> swallows the spaces on its left.
+    """
 
     def __init__(self, folder: str | Path, added: Sequence[str] = ()):
         self.symbols = byte_symbols()
-        self.ids = read_vocabulary(Path(folder) / "vocab.json", self.symbols)
-        self.ranks = read_merges(Path(folder) / "merges.txt", self.ids)
+        self.ids, self.ranks = read_bpe(Path(folder), self.symbols)
         self.bos, self.pad, self.eos, self.unk = (self.ids[token] for token in NEEDED)
         for token in added:
             self.ids.setdefault(token, len(self.ids))
@@ -197,6 +209,9 @@ class Unigram(Tokenizer):
         # Of an unknown character: 10 below the worst piece.
         lowest = min((score for score, _ in scored.values()), default=0.0)
         self.unknown_score = array("f", [lowest - 10])[0]
+        highest = max((score for score, _ in scored.values()), default=0.0)
+        self.by_word = highest <= 0 and not any("▁" in text[1:] for text in scored)
+        self.cache = {}  # word -> see cut_word
         for token in added:
             i = self.ids.setdefault(token, len(self.ids))
             self.texts.pop(i, None)
@@ -208,8 +223,24 @@ class Unigram(Tokenizer):
         for c in {*text} - self.known:  # becomes a piece with <unk>'s id
             self.trie.setdefault(c, {})[""] = self.unknown_score, self.unk
             self.known.add(c)
-        ids = best_cut(text, self.trie)
+        ids = self.cut_words(text) if self.by_word else None
+        if ids is None:
+            ids = best_cut(text, self.trie)
         return [i for before, i in zip([None, *ids], ids) if not before == i == self.unk]
+
+    def cut_words(self, text: str) -> list[int] | None:
+        """What best_cut gives, from the cuts of known words; None where rounding may decide."""
+        ids = []
+        before = 0.0
+        for word in re.findall("▁?[^▁]+|▁", text):  # no piece goes on behind a ▁
+            if word not in self.cache:
+                self.cache[word] = cut_word(word, self.trie, -self.unknown_score)
+            word_ids, weight, limit = self.cache[word]
+            if before > limit:
+                return None
+            ids += word_ids
+            before += weight
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """As BPE's, without spaces in front."""
@@ -269,6 +300,32 @@ def best_cut(text: str, trie: dict) -> list[int]:
     return ids[::-1]
 
 
+def cut_word(word: str, trie: dict, worst: float) -> tuple[list[int], float, float]:
+    """The ids of a word's best cut, its sum, and behind which sum best_cut finds the same; signs
+    are left out.
+
+    best_cut's sum is at least any cut's own rounded sum, for rounding keeps order. It rounds n
+    times, each time by 2^-24 (before + n worst) at most. So the best cut wins if it is ahead of
+    the second by 2 n 2^-24 (before + n worst); here it is to be by twice that.
+    """
+    if len(word) > 50:
+        return [], 0.0, -1.0
+    cuts = [[(0.0, [])], *([] for _ in word)]  # [end]: the two best of word[:end]
+    for start in range(len(word)):
+        node = trie
+        for end in range(start + 1, len(word) + 1):
+            node = node.get(word[end - 1])
+            if node is None:
+                break
+            if "" in node:
+                score, i = node[""]
+                longer = [(total + score, [*ids, i]) for total, ids in cuts[start]]
+                cuts[end] = sorted(cuts[end] + longer, reverse=True)[:2]
+    (best, ids), *others = cuts[-1]
+    ahead = best - others[0][0] if others else inf
+    return ids, -best, ahead * 2 ** 22 / len(word) - len(word) * worst
+
+
 LEAF, HAS_LEAF, LABEL = 1 << 31, 1 << 8, 1 << 31 | 0xff  # bits of a unit
 LONGEST_RULE = 256  # bytes; a damaged file may lead in a circle
 
@@ -303,7 +360,8 @@ class Normalizer:
                 continue
             inside = base < size // 4
             if inside and unit & HAS_LEAF:
-                inside = self.units[base] % LEAF < len(self.replacements)
+                leaf = self.units[base] % LEAF
+                inside = self.replacements.find(0, leaf, leaf + LONGEST_RULE) >= 0
             if not inside:
                 raise VocabularyError(f"{path}: normalization rules point outside of their table")
 
@@ -487,22 +545,66 @@ def ptb_words(text: str) -> str:
 # ---- vocabulary files ----
 
 
+LARGEST = 1 << 24  # bytes of a file; the largest have a fourth
+
+
 @contextmanager
 def reading(path: Path, kind: str):
     """Turns errors of reading into a VocabularyError."""
     try:
         yield
-    except FileNotFoundError:
-        raise VocabularyError(f"{path} is missing") from None
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise VocabularyError(f"{path} is truncated or not {kind}") from None
 
 
-def read_vocabulary(path: Path, symbols: list[str]) -> dict[str, int]:
+def read_file(path: Path) -> bytes:
+    """A regular file's bytes. Raises VocabularyError."""
+    said = ""
+    if not path.is_file():
+        said = "is not a regular file" if path.exists() else "is missing"
+    elif path.stat().st_size > LARGEST:
+        said = f"has more than {LARGEST:,} bytes"
+    else:
+        content = path.read_bytes()
+        head = content[:99].lstrip().lower()
+        if head.startswith(b"version https://git-lfs"):
+            said = "is a Git LFS pointer, not the file itself"
+        if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+            said = "is a web page, not the file itself"
+    if said:
+        raise VocabularyError(f"{path} {said}")
+    return content
+
+
+def read_bpe(folder: Path, symbols: list[str]) -> tuple[dict[str, int], dict]:
+    """{piece: id} and the ranks of pairs."""
+    path, merges, both = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    if both.exists() and not path.exists() and not merges.exists():
+        path = merges = both
+    content = read_file(path)
     with reading(path, "JSON in UTF-8"):
-        vocabulary = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = json.loads(content.decode())
+    if path == both:
+        with reading(path, "a tokenizer of transformers"):
+            model, added = vocabulary["model"], vocabulary["added_tokens"]
+            bart = model["type"] == "BPE"
+            if bart:
+                vocabulary = model["vocab"] | {token["content"]: token["id"] for token in added}
+                lines = [x if isinstance(x, str) else " ".join(x) for x in model["merges"]]
+        if not bart:
+            raise VocabularyError(f"{path} is not BART's; T5 needs spiece.model, which "
+                                  "transformers 5 no longer writes")
+    else:
+        content = read_file(merges)
+        with reading(merges, "text in UTF-8"):
+            lines = content.decode().split("\n")
+    check_vocabulary(vocabulary, path, symbols)
+    return vocabulary, read_merges(lines, merges, vocabulary)
+
+
+def check_vocabulary(vocabulary: dict[str, int], path: Path, symbols: list[str]):
     ids = vocabulary.values() if isinstance(vocabulary, dict) else [None]
-    if {*map(repr, ids)} != {*map(repr, range(len(ids)))}:  # 1.0 is not 1
+    if {*map(type, ids)} != {int} or {*ids} != {*range(len(ids))}:
         raise VocabularyError(f"{path} should be a JSON object {{piece: id}}, from 0 without a gap")
     missing = [token for token in NEEDED if token not in vocabulary]
     if missing:
@@ -510,21 +612,18 @@ def read_vocabulary(path: Path, symbols: list[str]) -> dict[str, int]:
     strange = set("".join(vocabulary)).difference(symbols)
     if strange:
         raise VocabularyError(f"{path} has {min(strange)!r}, which stands for no byte")
-    return vocabulary
 
 
-def read_merges(path: Path, vocabulary: dict[str, int]) -> dict[tuple[str, str], int]:
-    with reading(path, "text in UTF-8"):
-        lines = path.read_text(encoding="utf-8").split("\n")
+def read_merges(lines: list[str], path: Path, vocabulary: dict[str, int]) -> dict:
     ranks = {}
     for number, line in enumerate(lines, 1):
         if not line or number == 1 and line.startswith("#version"):
             continue
         pair = tuple(line.split())
-        if len(pair) != 2:
-            raise VocabularyError(f"{path}, line {number}: expected two pieces, found {line!r}")
-        if "".join(pair) not in vocabulary:
-            raise VocabularyError(f"{path}, line {number}: {''.join(pair)!r} is not in vocab.json")
+        if len(pair) != 2 or "".join(pair) not in vocabulary:
+            vocab = "it" if path.stem == "tokenizer" else "vocab.json"
+            raise VocabularyError(f"{path}: merge {number} should be two pieces that make a third "
+                                  f"in {vocab}")
         ranks[pair] = number
     return ranks
 
@@ -547,8 +646,9 @@ FREE = "unk_surface", "precompiled_charsmap", "add_dummy_prefix", "remove_extra_
 
 def read_model(path: Path) -> tuple[list[tuple[str, float, int]], dict]:
     """The pieces (text, score, kind) and the SETTINGS; all but the FREE ones have to be T5's."""
+    content = read_file(path)
     with reading(path, "a sentencepiece model"):
-        model = read_message(path.read_bytes())
+        model = read_message(content)
         pieces = [read_piece(message) for message in model[PIECES, BYTES]]
         model.setdefault((DENORMALIZER, BYTES), [b""])
         messages = {field: read_message(model[field, BYTES][-1])
@@ -571,6 +671,8 @@ def check_pieces(pieces: list[tuple[str, float, int]], path: Path):
         raise VocabularyError(f"{path} has no piece for unknown characters")
     if "" in texts or len(texts) < len(pieces):
         raise VocabularyError(f"{path} has a piece that is empty or there twice")
+    if max(map(len, texts)) > LONGEST_RULE or sum(map(len, texts)) > 1 << 22:
+        raise VocabularyError(f"{path} has pieces that are too long")
     for text, score, kind in pieces:
         if kind not in (NORMAL, UNKNOWN, CONTROL, UNUSED):
             raise VocabularyError(f"{path}: its piece {text!r} is user-defined or a byte")

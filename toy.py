@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, choose_from, pad_rows
+from data import TASKS, choose_from, lock, pad_rows
 from model import FAMILIES, CLIPResNet, VLModel, expand, normalise
 from tokenizer import byte_symbols, load_tokenizer, merge_pairs, word_pattern
 
@@ -586,7 +586,10 @@ def write_language_model(folder: Path, family: str = "bart", write_text: Callabl
     # Under Hugging Face's names.
     state = model.state_dict()
     weights = {theirs[0]: state[ours] for ours, theirs in expand(table, model.config).items()}
-    weights.pop("lm_head.bias", None)  # a row of our table that T5's files do not have
+    if family == "bart":
+        weights["final_logits_bias"] = weights["final_logits_bias"][None]
+    else:
+        del weights["lm_head.bias"]  # T5's files have none
     torch.save(weights, folder / "pytorch_model.bin")
 
 
@@ -703,20 +706,28 @@ def world(tasks: list[str], family: str = "bart", folder: str | Path = FOLDER) -
         epochs = 8 if "nlvr" in tasks else 5
         suits = {"backbone": f"{family}-mini", "epochs": epochs, "batch": 64, "lr_scale": 3}
 
+    suits |= {  # compiling would take longer than training
+        "data": str(folder / "datasets"), "weights": str(folder / "weights"), "vision": "RN-mini",
+        "compile": False}
+
     pieces = {}
     for name, (write, needed) in DATA.items():
         if set(needed) & set(tasks):
             pieces[f"datasets/{name}"] = write
     pieces["weights/RN-mini.pt"] = write_clip
     pieces[f"weights/{suits['backbone']}"] = learn
-    for name, write in pieces.items():
-        if not (folder / name).exists():
+    if all((folder / name).exists() for name in pieces):
+        return suits
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        lock(file)  # of two first uses one waits, and finds it done
+        for name, write in pieces.items():
+            if (folder / name).exists():
+                continue
             unfinished = folder / f"{name}.unfinished"
             if unfinished.is_dir():
                 shutil.rmtree(unfinished)
-            unfinished.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.parent.mkdir(exist_ok=True)
             write(unfinished)
             unfinished.rename(folder / name)
-    return suits | {
-        "data": str(folder / "datasets"), "weights": str(folder / "weights"), "vision": "RN-mini",
-        "compile": False}  # it would take longer than training
+    return suits

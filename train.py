@@ -15,15 +15,19 @@ https://github.com/ylsung/VL_adapter/blob/545fcbb/VL-T5/src/FILE#L.
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
+import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +36,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import toy
-from adapters import METHODS, AdapterError, cast_frozen, load, save, select, trainable
-from data import (TASKS, Corpus, batch_size, batches, check_labels, open_corpora, report_problems,
-                  steps_per_epoch, write_atomically)
-from evaluate import PROBLEMS, Run, RunError, answer, open_run, pick_device, print_scores, score
+from adapters import METHODS, AdapterError, cast_frozen, misfit, save, select, trainable
+from data import (TASKS, Corpus, batch_size, batches, check_labels, open_corpora, out_of_memory,
+                  report_problems, steps_per_epoch, write_atomically)
+from evaluate import (PROBLEMS, Run, RunError, answer, load_run, open_run, pick_device,
+                      print_scores, read_config, score)
 from model import FAMILIES, VLModel
 
 # As the authors train every method, with pictures and with videos.
@@ -53,18 +58,20 @@ SHOW_EVERY = 20
 # ---- the loop ----
 
 
-def train(run: Run, folder: Path, hashes: dict[str, str], device: torch.device):
-    """Trains what `run` asks for; goes on from folder/last.pt, if there is one."""
+def train(run: Run, folder: Path, hashes: dict[str, str], device: torch.device, resume: bool):
+    """Trains what `run` asks for into its folder; resume: goes on from last.pt there."""
     # The model with its method, what it learns from, and the optimizer of what is trained.
     model, tokenizer, corpora, validation = prepare(run, folder, hashes, device)
     parameters = list(trainable(model).values())
     optimizer = adamw(parameters)
-    step, best = restore(folder, model, optimizer)
+    per_epoch = steps_per_epoch(corpora, run.batch * run.accumulate)
+    step, best = 0, -1.0
+    if resume:
+        step, best = restore(folder, model, optimizer, per_epoch * run.epochs)
     loss_of, decode = model.loss, model.decode
     if run.compile:
         loss_of, decode = compile_both(model, corpora, run)
 
-    per_epoch = steps_per_epoch(corpora, run.batch * run.accumulate)
     for epoch in range(step // per_epoch, run.epochs):
         # Each example once, each batch of one task, the tasks in random turns.
         model.train()
@@ -79,6 +86,8 @@ def train(run: Run, folder: Path, hashes: dict[str, str], device: torch.device):
             select(model, task)
             for batch in parts:
                 batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+                if run.compile:
+                    mark_lengths(batch)
                 with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
                     loss = loss_of(**batch) / len(parts)
                 loss.backward()
@@ -151,21 +160,17 @@ def average(parameters: list):
 
 
 def prepare(run: Run, folder: Path, hashes: dict[str, str], device: torch.device) -> tuple:
-    """The model, its tokenizer, {task: Corpus} to learn from and to validate with.
-
-    The folder is made when all that they need was found.
-    """
+    """The model, its tokenizer, {task: Corpus} to learn from and to validate with."""
     model, tokenizer, features, filled = open_run(run, hashes, device)
     model.to(device)
-    with rank0_first():  # process 0 encodes the pictures for all
-        corpora, validation = open_corpora(
-            Path(run.data), run.vision, features, tokenizer,
-            {task: TASKS[task].train for task in run.tasks},
-            {task: TASKS[task].validation for task in run.tasks},
-            prompts=run.prompts, allow_missing=run.allow_missing, say=print0)
+    corpora, validation = open_corpora(
+        Path(run.data), run.vision, features, tokenizer,
+        {task: TASKS[task].train for task in run.tasks},
+        {task: TASKS[task].validation for task in run.tasks},
+        **run.reading(), say=print0, first=rank0_first)
     for task, corpus in validation.items():
         check_labels(task, corpus.examples)
-    write_config(folder, run, hashes, device)
+    note_examples(folder, {task: len(corpus) for task, corpus in corpora.items()})
 
     total = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in trainable(model).values())
@@ -182,14 +187,24 @@ def prepare(run: Run, folder: Path, hashes: dict[str, str], device: torch.device
 
 def compile_or_not(function: Callable, trial: Callable, **options) -> Callable:
     """The compiled function if `trial`, which is given it, succeeds; else the function itself."""
+    # Behind so many graphs torch goes on without compiling, with a warning.
+    torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(function, **options)
     try:
         trial(compiled)
         return compiled
     except Exception as problem:  # compilers fail in many ways, none of which should end the run
+        if out_of_memory(problem):  # without compiling it takes more
+            raise
         reason = " ".join(str(problem).split())[:200] or type(problem).__name__
         print0(f"torch.compile failed, going on without: {reason}")
         return function
+
+
+def mark_lengths(batch: dict):
+    """A task's batches differ only in how many tokens they have: its graph takes any number."""
+    for name in "text_indices", "label_indices":
+        torch._dynamo.mark_dynamic(batch[name], 0)
 
 
 def compile_both(model: VLModel, corpora: dict[str, Corpus], run: Run) -> tuple:
@@ -198,9 +213,9 @@ def compile_both(model: VLModel, corpora: dict[str, Corpus], run: Run) -> tuple:
     device = next(model.parameters()).device
     trials = []
     for task, corpus in corpora.items():
-        # Two batches: of the second number of tokens compilers make a graph for any number.
+        # Two batches, for decoding is compiled for any size from the second on.
         parts = world() * run.accumulate
-        rows = -(-batch_size(task, run.batch * run.accumulate) // parts)
+        rows = -(-batch_size(task, run.batch * run.accumulate, len(corpus)) // parts)
         count = min(len(corpus), rows)
         for indices in range(count), range(count // 2, count):
             batch = corpus.batch(np.array(indices), rows, seed="")
@@ -210,6 +225,7 @@ def compile_both(model: VLModel, corpora: dict[str, Corpus], run: Run) -> tuple:
         model.train()
         for task, batch in trials:
             select(model, task)
+            mark_lengths(batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
                 loss = loss_of(**batch)
             loss.backward()
@@ -222,7 +238,7 @@ def compile_both(model: VLModel, corpora: dict[str, Corpus], run: Run) -> tuple:
                 if not TASKS[task].choices:
                     model.answer(batch["ids"], batch["features"], TASKS[task].beams, decode=decode)
 
-    loss_of = compile_or_not(model.loss, try_loss)
+    loss_of = compile_or_not(model.loss, try_loss, dynamic=False)
     decode = compile_or_not(model.decode, try_decode, dynamic=True)
     model.zero_grad()
     return loss_of, decode
@@ -234,9 +250,10 @@ def compile_both(model: VLModel, corpora: dict[str, Corpus], run: Run) -> tuple:
 def validate(model, tokenizer, corpora, run: Run, device, decode) -> dict[str, dict[str, float]]:
     """The scores of each task, known to all processes."""
     scores = {}
+    batch = -(-run.batch // world())
     for task, corpus in corpora.items():
         # Process r answers the examples r, r + world(), ...
-        said = answer(model, tokenizer, corpus, device, run.batch, run.bf16,
+        said = answer(model, tokenizer, corpus, device, batch, run.bf16,
                       part=slice(rank(), None, world()), quiet=rank() > 0, decode=decode)
         parts = [said]
         if world() > 1:
@@ -304,7 +321,7 @@ def print0(text: str):
 
 class Progress:
     """The bar of an epoch. Every few steps it shows their mean loss, which is also logged, and the
-    share of the time that went by waiting for batches.
+    share of the time that went by waiting for batches. Both are of process 0's part.
     """
 
     def __init__(self, folder: Path, name: str, step: int, per_epoch: int):
@@ -314,7 +331,7 @@ class Progress:
         self.losses = []  # on the device, of each part of the steps since the last record
         self.waiting = 0.0
         self.bar = tqdm(desc=name, initial=step % per_epoch, total=per_epoch, unit=" steps",
-                        disable=rank() > 0)
+                        mininterval=0.1 if sys.stderr.isatty() else 10, disable=rank() > 0)
 
     def over(self, items: Iterator) -> Iterator:
         began = asked = time.perf_counter()
@@ -332,8 +349,7 @@ class Progress:
             return
         loss = sum(self.losses).item() / (step - self.logged)
         if not loss < float("inf"):
-            raise RunError(f"the loss is {loss} at step {step:,}: try a lower --lr; "
-                           f"what was saved before lies in {self.folder}")
+            raise RunError(f"the loss is {loss} at step {step:,}: try a lower --lr")
         self.bar.set_postfix(loss=f"{loss:.3f}", waiting=f"{self.waiting:.1%}", refresh=False)
         if rank() == 0:
             append(self.folder, {"step": step, "loss": loss})
@@ -342,8 +358,11 @@ class Progress:
 
 
 def append(folder: Path, record: dict):
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as problem:  # a full disk's has no name
+        raise RunError(f"{folder / 'log.jsonl'} cannot be written: {problem.strerror}") from None
 
 
 def save_last(folder, model, optimizer, step, best):
@@ -355,25 +374,45 @@ def save_weights(folder, name, model, **others):
     if rank() > 0:
         return
     try:
-        save(model, folder / name, **others)
+        save(model, folder / name, run=read_config(folder)["id"], **others)
     except AdapterError as problem:
         raise RunError(f"{problem}; what was saved before is whole, "
                        f"go on from there with --resume {folder}") from None
 
 
-def restore(folder, model, optimizer) -> tuple[int, float]:
+def restore(folder, model, optimizer, steps: int) -> tuple[int, float]:
     """Loads last.pt, if it is there; the step to go on from, and the best score so far."""
-    log, path = folder / "log.jsonl", folder / "last.pt"
-    if rank() == 0 and log.exists():
-        os.truncate(log, log.read_bytes().rfind(b"\n") + 1)  # a killed run may leave half a line
+    path = folder / "last.pt"
     if not path.exists():
         return 0, -1.0
-    others = load(model, path)
-    if not {"step", "best", "optimizer"} <= others.keys():
-        raise RunError(f"{path} lacks the step or the optimizer: it is not what train.py saved")
-    optimizer.load_state_dict(others["optimizer"])
-    print0(f"resumed at step {others['step']:,}")
-    return others["step"], others["best"]
+    others = load_run(model, folder, "last.pt")
+    step, best, saved = (others.get(name) for name in ("step", "best", "optimizer"))
+
+    def check(good, expected):
+        if not good:
+            raise RunError(f"{path}: {expected}")
+
+    check(type(step) is int and 0 <= step <= steps, f"step should be from 0 to {steps:,}")
+    check(type(best) is float and math.isfinite(best), "best should be a number")
+    moments = saved.get("state") if isinstance(saved, dict) else None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    check(isinstance(moments, dict) and moments.keys() <= set(range(len(parameters))),
+          "optimizer should be that of this run")
+    ours = optimizer.state_dict()
+    for number, moment in moments.items():
+        ours["state"][number] = {}
+        for name in "step", "exp_avg", "exp_avg_sq":
+            like = torch.zeros(()) if name == "step" else parameters[number]
+            there = moment.get(name) if isinstance(moment, dict) else None
+            problem = misfit(there, like)
+            if not problem and name != "exp_avg" and there.min() < 0:
+                problem = "is negative"
+            check(not problem, f"optimizer, {name} of weight {number} {problem}")
+            # A copy, laid out as the weight: a view of another shape in memory would be overrun.
+            ours["state"][number][name] = torch.zeros_like(like).copy_(there)
+    optimizer.load_state_dict(ours)
+    print0(f"resumed at step {step:,}")
+    return step, best
 
 
 def finish(folder: Path, tasks: list[str]):
@@ -381,31 +420,102 @@ def finish(folder: Path, tasks: list[str]):
     if rank() > 0:
         return
     epochs = {}
-    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if "scores" in record:
-            epochs[record["epoch"]] = record["scores"]  # a later line is of the resumed run
+    for line in (folder / "log.jsonl").read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+            scores = {task: record["scores"][task] for task in tasks}
+            heads = [float(next(iter(parts.values()))) for parts in scores.values()]
+            epochs[int(record["epoch"])] = [*heads, sum(heads) / len(heads)]
+        except Exception:  # it is a loss, or not ours
+            continue
 
     print(f"\n{'epoch':<8}" + "".join(f"{task:>10}" for task in tasks) + f"{'mean':>10}")
-    for epoch, scores in sorted(epochs.items()):
-        heads = [next(iter(scores[task].values())) for task in tasks]
-        columns = [*heads, mean_headline(scores)]
+    for epoch, columns in sorted(epochs.items()):  # of two lines that of the resumed run
         print(f"{epoch:<8}" + "".join(f"{x:>10.2f}" for x in columns))
     size = (folder / "best.pt").stat().st_size
     print(f"\nthe run is in {folder}: best.pt has its {size / 1e6:.1f} MB of weights"
           f"\nnext: python evaluate.py {folder}")
 
 
-def write_config(folder: Path, run: Run, hashes: dict[str, str], device: torch.device):
-    """Makes the folder of a new run with its config.json."""
-    if rank() > 0 or (folder / "config.json").exists():
+def new_folder(run: Run, out: Path | None) -> Path:
+    """--out, or the first of runs/METHOD-TASKS, runs/METHOD-TASKS-2, ... that is not there.
+
+    Of two runs that begin at once one makes it.
+    """
+    sharing = [] if run.sharing == "single" else [run.sharing]
+    name = "-".join([run.method, *sharing, *run.tasks])
+    for number in count(1):
+        folder = out or Path("runs", name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not out:
+                continue
+            if not out.is_dir() or not all(map(is_unbegun, out.iterdir())):
+                raise RunError(f"{out} holds a run already, or other files: go on with --resume "
+                               f"{out}, or choose another --out") from None
+        return folder
+
+
+def is_unbegun(path: Path) -> bool:
+    """What a run leaves that was killed before its config.json was there."""
+    return ".unfinished" in path.name or path.name == "log.jsonl" and not path.stat().st_size
+
+
+@contextmanager
+def claimed(folder: Path, config: dict | None):
+    """Keeps others out of a run's folder. A new run, with a config, that fails before there is
+    anything to keep leaves none.
+    """
+    if rank() > 0:
+        yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {
-        "flags": vars(run), **hashes, "python": platform.python_version(),
-        "torch": torch.__version__, "device": device_name(device), "processes": world(),
-        "commit": commit()}
-    write_atomically(folder / "config.json", json.dumps(about, indent=2).encode())
+    log = folder / "log.jsonl"
+    if log.exists() and not log.is_file():
+        raise RunError(f"{log} is not a regular file")
+    with open(log, "ab") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder} is in use by another process") from None
+        except (ImportError, OSError):  # there are no locks
+            pass
+        file.truncate(log.read_bytes().rfind(b"\n") + 1)  # a killed run may leave half a line
+        try:
+            if config:
+                write_config(folder, config)
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if config and not log.stat().st_size and not (folder / "last.pt").exists():
+                    (folder / "config.json").unlink()
+                    log.unlink()
+                    folder.rmdir()
+            raise
+
+
+def write_config(folder: Path, config: dict):
+    write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
+
+
+def note_examples(folder: Path, examples: dict[str, int]):
+    """Keeps in config.json how many there are. Raises RunError if there were others."""
+    config = read_config(folder)
+    begun = config["examples"]
+    if begun and begun != examples:
+        raise RunError(f"the data have changed: in {folder / 'config.json'} examples are {begun}, "
+                       f"now there are {examples}")
+    if rank() == 0 and not begun:
+        write_config(folder, config | {"examples": examples})
+
+
+def describe(run: Run, hashes: dict[str, str], device: torch.device) -> dict:
+    """The config.json of a new run."""
+    return {
+        "flags": vars(run), **hashes, "id": secrets.token_hex(8),
+        "python": platform.python_version(), "torch": torch.__version__,
+        "device": device_name(device), "processes": world(), "commit": commit()}
 
 
 def device_name(device: torch.device) -> str:
@@ -485,29 +595,37 @@ def with_defaults(given: dict, device: torch.device) -> Run:
     return run
 
 
-def new_folder(run: Run, out: Path | None) -> Path:
-    """--out, or the first of runs/METHOD-TASKS, runs/METHOD-TASKS-2, ... that holds no run."""
-    sharing = [] if run.sharing == "single" else [run.sharing]
-    folder = out or Path("runs") / "-".join([run.method, *sharing, *run.tasks])
-    if out and (out / "config.json").exists():
-        raise RunError(f"{out} holds a run already: go on with --resume {out}, or choose "
-                       "another --out")
-    name = folder.name
-    number = 1
-    while (folder / "config.json").exists():
-        number += 1
-        folder = folder.with_name(f"{name}-{number}")
-    return folder
-
-
 def stopped_run(folder: Path, given: dict) -> Run:
-    """A run to go on with. Raises RunError for flags other than those it was begun with."""
+    """A run to go on with. Raises RunError for flags other than those it was begun with.
+
+    Where files lie may change: hashes tell whether they are the same.
+    """
     run = Run.read(folder)
     for name, value in given.items():
         begun = getattr(run, name)
-        if begun != value:
+        if name in ("data", "weights", "cache", "compile"):
+            setattr(run, name, value)
+        elif begun != value:
             raise RunError(f"{folder} was begun with {name} {begun}, not {value}")
+    run.check()
     return run
+
+
+def join_processes(device: torch.device):
+    """torchrun tells each process who it is. Raises RunError."""
+    number = os.environ.get("WORLD_SIZE", "1")
+    if number == "1":
+        return
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise RunError(f"WORLD_SIZE is {number} without RANK, MASTER_ADDR and MASTER_PORT: start "
+                       "with torchrun, or, for one process, unset it")
+    # The others wait while process 0 encodes all pictures: longer than any usual timeout.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    except (ValueError, RuntimeError) as problem:
+        reason = str(problem).split("\n")[0]
+        raise RunError(f"the {number} processes of WORLD_SIZE do not meet: {reason}") from None
 
 
 def main():
@@ -519,23 +637,23 @@ def main():
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # The others wait while process 0 encodes all pictures: longer than any usual timeout.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+    join_processes(device)
 
-    if args.resume:
-        folder = args.resume
+    folder, config = args.resume, None
+    if folder:
         run = stopped_run(folder, given)
     else:
         run = with_defaults(given, device)
-        folder = from_rank0(lambda: new_folder(run, args.out))
     hashes = from_rank0(run.hashes)
-    if args.resume:
+    if folder:
         run.check_hashes(folder, hashes)
+    else:
+        folder = from_rank0(lambda: new_folder(run, args.out))
+        config = describe(run, hashes, device)
     print0(f"data: {run.data}, weights: {run.weights} ({run.backbone}, {run.vision}), "
            f"run: {folder}, on {device_name(device)}")
-    train(run, folder, hashes, device)
+    with claimed(folder, config):
+        train(run, folder, hashes, device, resume=bool(args.resume))
     if world() > 1:  # not after an error: it would wait for the others, and they for this
         dist.destroy_process_group()
 

@@ -2,12 +2,16 @@
 
 import doctest
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections import Counter
+from contextlib import contextmanager
+from dataclasses import astuple
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from data import (FPS, TASKS, Corpus, DataError, Example, FeatureStore, batch_si
                   load_features, load_picture, load_video, mixture, open_corpora, read_examples,
                   released_features, resample, sample_answer, steps_per_epoch, text_ids,
                   vqa_vocabulary)
-from tokenizer import BPE
+from tokenizer import BPE, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -73,11 +77,14 @@ def test_the_examples_in_docstrings_are_true():
 
 
 def test_an_answer_given_nine_times_may_be_learned(tmp_path):
-    said = ["Two kites."] * 5 + ["2 kites"] * 4 + ["a dog"] * 8 + ["1,000"] * 9
-    annotations = [{"multiple_choice_answer": answer} for answer in said]
-    assert vqa_vocabulary(tmp_path, annotations) == {"2 kites", "1000"}
-    (tmp_path / "trainval_ans2label.json").write_text('{"": 0, "dog": 1}')
-    assert vqa_vocabulary(tmp_path, []) == {"", "dog"}
+    said = {"Two kites.": 5, "2 kites": 4, "a dog": 8, "1,000": 9}
+    assert vqa_vocabulary(Counter(said)) == {"2 kites", "1000"}
+
+
+def test_what_the_list_names_may_be_learned(world):
+    (world / "vqa/trainval_ans2label.json").write_text('{"": 0, "yes": 1}')
+    learned = [e.answers for e in read_examples(world, "vqa", "karpathy_train")]
+    assert set().union(*learned) == {"yes"}
 
 
 def test_vqa_has_karpathys_parts_and_soft_scores(tiny):
@@ -132,7 +139,8 @@ def test_a_batch_has_one_shape_and_says_what_was_asked(corpus, tokenizer):
         tokens = x["labels"].flatten() != -100
         assert x.pop("label_indices").tolist() == tokens.nonzero()[:, 0].tolist()
     assert all(x.shape == short[name].shape for name, x in full.items())
-    assert full["ids"].shape == (8, max(map(len, corpus.text)))
+    longest = max(len(text_ids(tokenizer, "vqa", e)) for e in corpus.examples)
+    assert full["ids"].shape == (8, longest)
     assert full["features"].shape == (8, 1, 36, 4)
     assert tokenizer.decode(full["ids"][0].tolist()) == "vqa: " + corpus.examples[0].text
     for row, e in zip(full["labels"].tolist(), corpus.examples):
@@ -223,7 +231,13 @@ def test_an_epoch_has_each_example_once_in_an_order_of_its_own(corpus):
 
 
 def test_batch_sizes_are_the_originals():
-    assert [batch_size(task, 500) for task in ("vqa", "gqa")] == [500, 833]
+    assert [batch_size(task, 500, 10 ** 6) for task in ("vqa", "gqa")] == [500, 833]
+
+
+def test_a_batch_is_no_larger_than_the_data(corpus):
+    """48 examples are 48 rows, whatever --batch says."""
+    (_, (batch,)), = batches({"vqa": corpus}, 10 ** 6, 3, epoch=0)
+    assert len(batch["ids"]) == len(corpus) and steps_per_epoch({"vqa": corpus}, 10 ** 6) == 1
 
 
 def test_caption_weights_make_the_mean_over_tokens(tiny, tokenizer):
@@ -335,7 +349,7 @@ def test_features_that_do_not_fit_are_told(tmp_path):
     paths = some_pictures(tmp_path, 2)
     with pytest.raises(DataError, match=r"of 0 have the shape \[4, 3\], expected \[5, 3\]"):
         FeatureStore(tmp_path / "features", "hash", 5, 3).add(paths, load, mean_colour)
-    with pytest.raises(DataError, match="one of the next 1 are beyond float16"):
+    with pytest.raises(DataError, match="features of 0 are beyond float16"):
         FeatureStore(tmp_path / "features", "hash", 4, 3).add(
             paths, load, lambda loaded: 1e6 * (mean_colour(loaded) + 1))
 
@@ -856,6 +870,7 @@ def empty_gqa(world):
 
 
 VAL = "vqa/v2_OpenEnded_mscoco_val2014_questions.json"
+GIVEN = "vqa/v2_mscoco_val2014_annotations.json"
 COCO = "COCO/dataset_coco.json"
 GQA_VAL = "GQA/val_balanced_questions.json"
 NLVR = "nlvr/train.json"
@@ -869,39 +884,96 @@ BAD_FILES = {
         "of another data set: expected an object with a list 'questions'"),
     "without a field": (
         change(VAL, lambda c: c["questions"][5].pop("image_id")), "vqa",
-        "a record of 'questions' has no image_id"),
+        "val2014_questions.json, record 6: image_id should be a whole number from 0 on, but is "),
     "not matching": (
-        change(VAL, lambda c: c["questions"].pop()), "vqa", "do not match; question"),
+        change(VAL, lambda c: c["questions"].pop()), "vqa", "they do not match"),
+    "an annotation less": (
+        change(GIVEN, lambda c: c["annotations"].pop()), "vqa", "they do not match"),
     "of no objects": (
-        change(VAL, lambda c: c.update(questions=[1])), "vqa", "a record of 'questions' has no"),
+        change(VAL, lambda c: c.update(questions=[1])), "vqa",
+        "record 1: should be an object, but is 1"),
+    "two lists": (
+        put(VAL, '{"questions": [], "questions": []}'), "vqa", "expected an object with a list"),
     "line not JSON": (
-        put(NLVR, '{"identifier": "a"}\n{"ident'), "nlvr",
-        "train.json, line 2 is truncated or not JSON"),
-    "nlvr2 of another data set": (copy(VAL, NLVR), "nlvr", "a record has no identifier"),
+        put(NLVR, '{"identifier": "a-0-0-0", "sentence": "", "label": "True"}\n{"ident'), "nlvr",
+        "train.json is truncated or not JSON: record 2, Unterminated string"),
+    "nlvr2 of another data set": (
+        copy(VAL, NLVR), "nlvr", "train.json, record 1: identifier should be text"),
     "label unknown": (
         change_line(NLVR, label="maybe"), "nlvr",
-        "should have a sentence and a label True or False"),
+        'record 12: label should be one of "False", "True", 0, 1, but is "maybe"'),
+    "label a list": (change_line(NLVR, label=["True"]), "nlvr", "label should be one of"),
+    "no pairs": (
+        change_line(NLVR, identifier="train"), "nlvr", "identifier should be split-set-pair-sent"),
     "the same id twice": (
         change_line(NLVR, identifier="train-0-0-0"), "nlvr", "has the id train-0-0-0 2 times"),
     "caption without text": (
         change(COCO, lambda c: c["images"][0]["sentences"][0].pop("raw")), "caption",
-        "a record of caption's karpathy_train"),
+        "dataset_coco.json, record 1: sentences[0].raw should be text"),
     "an answer's number that is none": (
-        change_line(TVQA, answer_idx=7), "tvqa", "has the answer_idx 7, not one of its answers"),
+        change_line(TVQA, answer_idx=7), "tvqa",
+        "tvqa_train.jsonl, record 18: answer_idx should be one of 0, 1, 2, 3, 4, but is 7"),
+    "an answer's number that is a float": (
+        change_line(TVQA, answer_idx=2.0), "tvqa", "answer_idx should be one of 0, 1, 2, 3, 4"),
     "no descriptions": (
-        change_line("video/ann/tvc/tvc_train_release.jsonl", descs=[]), "tvc",
-        "has no descriptions"),
+        change_line("video/ann/tvc/tvc_train_release.jsonl", descs=[]), "tvc", "descs is empty"),
     "a question that is no text": (
         change(VAL, lambda c: [q.update(question=5) for q in c["questions"]]), "vqa",
-        "has something else where a text or a weight should be"),
+        "record 1: question should be text of at most 10,000 whole characters, but is 5"),
+    "half a character": (
+        change(VAL, lambda c: c["questions"][2].update(question="\ud800")), "vqa",
+        'record 3: question should be text of at most 10,000 whole characters, but is "\\ud800"'),
+    "a book for a question": (
+        change(VAL, lambda c: c["questions"][2].update(question="x" * 20_000)), "vqa",
+        "record 3: question should be text of at most 10,000"),
     "a question twice": (
-        change(VAL, lambda c: c["questions"].append(c["questions"][0])), "vqa",
-        "1 question_ids twice"),
-    "nested without end": (put(VAL, "[" * 100_000), "vqa", "truncated or not JSON"),
+        change(VAL, lambda c: c["questions"].append(c["questions"][0])), "vqa", "is there twice"),
+    "of no picture": (
+        change(VAL, lambda c: c["questions"][3].update(image_id=99)), "vqa",
+        "val2014_questions.json, record 4: image_id 99 is none of COCO/dataset_coco.json"),
+    "of two pictures": (
+        change(GIVEN, lambda c: c["annotations"][3].update(image_id=1)), "vqa",
+        "val2014_annotations.json, record 4: image_id 1 is"),
+    "nobody's answer": (
+        change(GIVEN, lambda c: c["annotations"][0]["answers"][9].update(answer=None)), "vqa",
+        "val2014_annotations.json, record 1: answers[9].answer should be text"),
+    "nothing to learn": (
+        put("vqa/trainval_ans2label.json", '{"nothing": 1}'), "vqa", "ans2label.json: none of"),
+    "nested without end": (
+        put(VAL, '{"a": ' + "[" * 100_000), "vqa", "not JSON: record 1, nested too deeply"),
+    "a number of 5000 digits": (put(VAL, '{"a": ' + "9" * 5000 + "}"), "vqa", "number is too long"),
+    "infinite": (put(VAL, '{"questions": [{"question_id": 1e999}]}'), "vqa", "but is Infinity"),
+    "empty": (put(VAL, ""), "vqa", "is empty or of another data set"),
+    "of zeros": (put(VAL, "\0" * 100), "vqa", "is empty or of another data set"),
+    "two objects": (put(GQA_VAL, "{} {}"), "gqa", "something stands behind its end"),
+    "a pointer": (put(VAL, "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"),
+                  "vqa", "val2014_questions.json is a Git LFS pointer"),
+    "a web page": (put(VAL, "<!DOCTYPE html><html>"), "vqa", "questions.json is a web page"),
+    "a folder": (lambda world: [remove(VAL)(world), (world / VAL).mkdir()], "vqa",
+                 "questions.json is not a regular file"),
+    "a pipe": (lambda world: [remove(VAL)(world), os.mkfifo(world / VAL)], "vqa",
+               "questions.json is not a regular file"),
+    "not UTF-8": (lambda world: (world / VAL).write_bytes(b'{"questions": "\xff"}'), "vqa",
+                  "questions.json is not UTF-8 text"),
     "subtitles missing": (
         remove("video/ann/tv_subtitles.jsonl"), "tvqa", "tv_subtitles.jsonl is missing"),
-    "an answer missing": (change_line(TVQA, a4=None), "tvqa", "a record of tvqa's train"),
-    "gqa of another data set": (copy(VAL, GQA_VAL), "gqa", "is not GQA's"),
+    "subtitles a number": (
+        change_line("video/ann/tv_subtitles.jsonl", sub=5), "tvqa", "sub should be a list, but is"),
+    "an answer missing": (change_line(TVQA, a4=None), "tvqa", "record 18: a4 should be text"),
+    "gqa of another data set": (
+        copy(VAL, GQA_VAL), "gqa", "record questions: should be an object, but is a list"),
+    "gqa without an answer": (
+        change(GQA_VAL, lambda c: next(iter(c.values())).pop("answer")), "gqa",
+        "val_balanced_questions.json, record 2000009000000: answer should be text"),
+    "types in a list": (
+        change(GQA_VAL, lambda c: next(iter(c.values())).update(types=[])), "gqa",
+        "types should be an object, but is a list"),
+    "entailed a number": (
+        change(GQA_VAL, lambda c: next(iter(c.values())).update(entailed=[5])), "gqa",
+        "entailed[0] should be text of at most 10,000 whole characters, but is 5"),
+    "not balanced": (
+        change(GQA_VAL, lambda c: [r.update(isBalanced=False) for r in c.values()]), "gqa",
+        "val_balanced_questions.json: isBalanced is false"),
     "gqa empty": (empty_gqa, "gqa", "gqa's train,val below"),
 }
 
@@ -913,6 +985,141 @@ def test_bad_files_are_told_in_one_sentence(world, name):
     with pytest.raises(DataError) as problem:
         read_examples(world, task, TASKS[task].train)
     assert message in str(problem.value) and "\n" not in str(problem.value)
+
+
+FORMS = {  # text, key: places and records
+    '{"info": {"a": [1]}, "rows": [{"a": "é\\u00e9"}, {"b": [12, -3.5e2]}], "n": 12345}': "rows",
+    ' {"x": {"a": 1}, "y": {"a": "]}"}} ': "",
+    '[{"a": 1},\n {"b": "\\\\\\""}]': None,
+    '{"a": 1}\n\n{"b": [2]}\n12345': None,
+}
+
+
+@pytest.mark.parametrize("text", FORMS)
+@pytest.mark.parametrize("block", [1, 2, 7, 1000])
+def test_records_come_one_by_one_wherever_a_block_ends(tmp_path, monkeypatch, text, block):
+    monkeypatch.setattr(data, "BLOCK", block)
+    (tmp_path / "x.json").write_text("\ufeff" + text, encoding="utf-8")
+    key = FORMS[text]
+    if key is None and text[0] == "{":
+        rows = [json.loads(line) for line in text.split("\n") if line]
+    else:
+        rows = json.loads(text)[key] if key else json.loads(text)
+    told = [*rows.items()] if isinstance(rows, dict) else [*enumerate(rows, 1)]
+    with open(tmp_path / "x.json", "rb") as file:
+        content = data.JSONFile(tmp_path / "x.json", file)
+        assert [(place, content.value()) for place in content.records(key)] == told
+
+
+def test_a_file_of_any_size_is_read_in_little_memory(tmp_path):
+    record = '{"question_id": %d, "image_id": 1, "question": "' + "x" * 900 + '"},\n'
+    with open(tmp_path / "x.json", "w") as file:
+        file.write('{"questions": [')
+        file.writelines(record % i for i in range(60_000))
+        file.write('{"question_id": 60000, "image_id": 1, "question": ""}]}')
+    tracemalloc.start()
+    rows = data.Files(tmp_path).records("x.json", data.VQA_QUESTION, "questions")
+    assert sum(1 for _ in rows) == 60_001
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6 < (tmp_path / "x.json").stat().st_size / 6
+
+
+def test_training_without_any_answer_in_vl_t5s_lists(tmp_path):
+    row = {"question_id": 1, "img_id": "x", "sent": "What?", "label": {"red": 1}}
+    for label, told in [({"red": float("inf")}, "label.red should be a number from 0 on, but is"),
+                        ({"red": -1}, "label.red should be"), (["red"], "label should be an obj"),
+                        ({"red": 0}, "nothing can be learned"), (None, "but is missing")]:
+        write(tmp_path / "vqa/karpathy_train.json", [row | {"label": label}])
+        with pytest.raises(DataError, match="karpathy_train.json.*" + told):
+            read_examples(tmp_path, "vqa", "karpathy_train")
+
+
+def test_coco_of_2017_has_the_same_pictures(tmp_path):
+    path = tmp_path / "train2017" / "000000123456.jpg"
+    path.parent.mkdir()
+    path.touch()
+    names = ["COCO_train2014_000000123456", "COCO_test2015_000000000007"]
+    assert find_files([tmp_path], names) == {names[0]: path}
+
+
+# ---- what is kept ----
+
+
+PICTURES = data.Features(
+    "hash", 3, data.folders_of, lambda path: np.zeros(3),
+    lambda loaded: torch.from_numpy(np.stack(loaded))[:, None].expand(-1, 36, -1))
+
+
+def start(world, tokenizer, task="vqa", **more):
+    """Training's first batch, and what validation asks."""
+    row = TASKS[task]
+    train, validation = open_corpora(world, "x", PICTURES, tokenizer, {task: row.train},
+                                     {task: row.validation}, **more)
+    (_, (batch,)), *_ = batches(train, 8, 3, epoch=0)
+    assert train[task].examples is None
+    return [x.tolist() for x in batch.values()], validation[task].examples
+
+
+@pytest.fixture
+def loaded(tiny):
+    return load_tokenizer(tiny / "weights" / "bart-mini")
+
+
+@pytest.mark.parametrize("task", ["vqa", "gqa", "nlvr", "caption"])
+def test_a_later_start_reads_no_annotations_and_has_the_same(world, loaded, monkeypatch, task):
+    first = start(world, loaded, task)
+    monkeypatch.setattr(data, "stream_examples", None)
+    again = start(world, loaded, task)
+    assert first[0] == again[0]
+    for one, other in zip(first[1], again[1], strict=True):
+        assert json.dumps(astuple(one)) == json.dumps(astuple(other))
+        assert type(other) is Example and type(other.pictures) is tuple
+
+
+def test_what_has_changed_is_read_anew(world, loaded):
+    first = start(world, loaded)
+    change(VAL, lambda c: [q.update(question="What?") for q in c["questions"]])(world)
+    changed = start(world, loaded)
+    assert {e.text for e in changed[1]} == {"What?"} != {e.text for e in first[1]}
+    (world / "vqa/trainval_ans2label.json").write_text('{"yes": 1}')
+    assert start(world, loaded)[1][0].answers.keys() <= {"yes"}
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda content: content[:1000], lambda content: b"", lambda content: b"x" * 5000,
+    lambda content: content[:900] + b"\xff" + content[901:]], ids=range(4))
+def test_damaged_files_are_made_anew(world, loaded, spoil):
+    first = start(world, loaded)
+    paths = sorted((world / "corpora").iterdir())
+    whole = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, whole):
+        path.write_bytes(spoil(content))
+    assert start(world, loaded)[0] == first[0]
+    assert [path.read_bytes()[-32:] for path in paths] == [content[-32:] for content in whole]
+
+
+def test_where_nothing_can_be_written_it_is_read_each_time(world, loaded):
+    (world / "corpora").write_text("in the way")
+    said = []
+    first = start(world, loaded, say=said.append)
+    assert start(world, loaded, say=said.append) == first
+    assert len(said) == 4 and "corpora cannot be written" in said[0]
+
+
+def test_what_is_made_lies_in_the_cache_and_one_process_goes_first(world, loaded, tmp_path):
+    entered = []
+
+    @contextmanager
+    def first():
+        assert (tmp_path / "cache" / "corpora").exists(), "reading waits for nobody"
+        assert not (tmp_path / "cache" / "features").exists()
+        entered.append(1)
+        yield
+
+    start(world, loaded, cache=tmp_path / "cache", first=first)
+    assert entered and not (world / "corpora").exists() and not (world / "features").exists()
+    assert (tmp_path / "cache/features/COCO/x/index.json").exists()
 
 
 def test_the_report_counts_what_is_there_and_what_is_not(world, monkeypatch, capsys):

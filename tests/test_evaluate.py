@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 import train
@@ -269,15 +270,26 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"method": "magic"}, "unknown method: 'magic'; known are full, adapter"),
     ({"method": "adapter+magic"}, "unknown method: 'magic'"),
-    ({"method": "lora", "sharing": "half"}, "lora has no --sharing half; it has single, multiple"),
+    ({"method": "adapter+adapter"}, "adapter+adapter has one twice"),
+    ({"method": "lora", "sharing": "half"}, "of lora: 'half'; known are single, multiple"),
+    ({"sizes": {"reduction": 10 ** 9}}, "the size reduction is 1000000000, expected one like 8"),
     ({"tasks": ["vqa", "tennis"]}, "expected some of vqa, gqa"),
     ({"tasks": []}, "expected some of vqa, gqa"),
     ({"tasks": ["vqa", "tvqa"]}, "see features of different kinds: train them apart"),
-    ({"batch": "12"}, "batch is '12', expected int"),
-    ({"epochs": None}, "epochs is None, expected int"),
-    ({"lr": float("nan")}, "--lr are positive numbers"),
-    ({"accumulate": 0}, "--batch, --accumulate, --epochs and --lr are positive numbers"),
-    ({"seed": -1}, "--seed is a number from 0 to 2147483647"),
+    ({"tasks": [["vqa"]]}, "expected some of vqa, gqa"),
+    ({"batch": "12"}, "batch is '12', expected a number from 1 to"),
+    ({"batch": True}, "batch is True, expected a number"),
+    ({"epochs": None}, "epochs is None, expected a number"),
+    ({"epochs": 10 ** 400}, "expected a number from 1 to 2,147,483,648"),
+    ({"lr": float("nan")}, "lr is nan, expected a number from 1e-30 to 1e+30"),
+    ({"accumulate": 0}, "accumulate is 0, expected a number from 1 to"),
+    ({"seed": -1}, "seed is -1, expected a number from 0 to 2,147,483,647"),
+    ({"bf16": 1}, "bf16 is 1, expected bool"),
+    ({"sites": [5]}, "sites are [5], expected words"),
+    ({"sites": []}, "sites are [], expected words"),
+    ({"tasks": ["vqa", "vqa"]}, "expected some of vqa, gqa"),
+    ({"data": "a\0b"}, "data is 'a\\x00b', expected str"),
+    ({"weights": "\ud800"}, "weights is '\\ud800', expected str"),
 ])
 def test_flags_that_make_no_run_are_told(change, message):
     run = Run(**COMPLETE)
@@ -416,6 +428,61 @@ def test_predictions_without_the_missing_pictures_are_scored_as_it_was(run, tmp_
     assert float(line.split()[1]) == pytest.approx(np.mean(points), abs=0.01)
 
 
+def test_what_cannot_be_shown_leaves_a_gap_and_half_a_character_is_escaped(run, tmp_path):
+    (tmp_path / "datasets/GQA/images").mkdir(parents=True)
+    (tmp_path / "datasets/GQA/images/7.jpg").write_text("no picture")
+    shown = Example(id=1, pictures=("7",), text="", answers={}, truth={"answer": "x"})
+
+    class One:
+        examples = [shown]
+        rows = np.zeros((1, 1))
+
+        def __len__(self):
+            return 1
+
+    row = {"id": 1, "question": "Why \ud800?", "answer": "\udcff", "truth": {"answer": "x"}}
+    page = tmp_path / "page.html"
+    evaluate.save_gallery(page, tmp_path / "datasets", {"gqa": One()}, {"gqa": [row]})
+    said = page.read_text(encoding="utf-8")
+    assert "<b>Why \\ud800?</b>" in said and "<div></div>" in said and "<img" not in said
+
+
+def test_a_batch_is_at_most_what_is_asked(run, monkeypatch, capsys):
+    sizes, make = [], evaluate.Corpus.batch
+
+    def batch(corpus, indices, size, **named):
+        sizes.append(size)
+        return make(corpus, indices, size, **named)
+
+    monkeypatch.setattr(evaluate.Corpus, "batch", batch)
+    assert command(evaluate, monkeypatch, run, "--tasks", "nlvr", "--batch", 10 ** 40) == 0
+    assert sizes == [8]
+
+
+def test_features_can_be_kept_elsewhere(run, tiny, tmp_path, monkeypatch):
+    world, cache = tmp_path / "world", tmp_path / "cache"
+    shutil.copytree(tiny, world, ignore=shutil.ignore_patterns("features", "corpora"))
+    words = run, "--tasks", "gqa", "--data", world / "datasets", "--cache", cache
+    assert command(evaluate, monkeypatch, *words) == 0
+    assert (cache / "features/GQA/RN-mini/index.json").exists()
+    assert not (world / "datasets/features").exists()
+
+
+def test_a_long_question_is_not_cut_without_a_word(run, video_run, tiny, monkeypatch, capsys):
+    picture = next((tiny / "datasets/GQA/images").iterdir())
+    words = run, "--tasks", "gqa", "--image", picture, "--question"
+    assert command(evaluate, monkeypatch, *words, "How many stars?") == 0
+    assert capsys.readouterr().err == ""
+    assert command(evaluate, monkeypatch, *words, "star " * 70) == 0
+    number, = re.findall(r"the text has (\d+) tokens, but gqa takes 20: the end of it was cut",
+                         capsys.readouterr().err)
+    assert int(number) > 70
+    video = next((tiny / "datasets/video/videos/tv").iterdir())
+    words = video_run, "--video", video, "--question", "What?", "--choices", "a star|a ring"
+    assert command(evaluate, monkeypatch, *words, "--subtitles", "star " * 900) == 0
+    assert "tvqa takes 600: the end of the subtitles was cut" in capsys.readouterr().err
+
+
 def test_a_question_is_checked_before_anything_is_loaded(run, tiny, monkeypatch, capsys):
     monkeypatch.setattr(Run, "hashes", lambda run: pytest.fail("weights were read"))
     picture = next((tiny / "datasets/GQA/images").iterdir())
@@ -510,6 +577,33 @@ def changed(run: Path, folder: Path, **flags) -> Path:
     return folder
 
 
+def test_too_little_memory_is_one_sentence(run, monkeypatch, capsys):
+    for problem, said in [(torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory: try"),
+                          (RuntimeError("not enough memory: you tried"), "error: out of memory"),
+                          (MemoryError(), "error: out of memory")]:
+        def fails(*_, **__):
+            raise problem
+
+        monkeypatch.setattr(evaluate.VLModel, "answer", fails)
+        assert command(evaluate, monkeypatch, run, "--tasks", "nlvr") == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "is not JSON"), (b"[" * 100_000, "is not JSON"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "is a Git LFS pointer"),
+    (b"<!DOCTYPE html>", "is a web page"), (b"[1]", "config.json"),
+    (b"{}", "flags is None, expected dict"), (b'{"flags": {}, "backbone_sha256": 5}', "expected str"),
+    (b'{"flags": {}, "backbone_sha256": "", "vision_sha256": "", "id": 5}', "id is 5, expected str"),
+    (b'{"flags": {}, "backbone_sha256": "", "vision_sha256": ""}', "its flags lack 'method'"),
+])
+def test_a_config_that_is_none_is_told(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(PROBLEMS) as error:
+        Run.read(tmp_path)
+    assert "config.json" in str(error.value) and message in str(error.value)
+
+
 def test_what_cannot_be_evaluated_is_told_in_one_sentence(run, video_run, tiny, tmp_path,
                                                           monkeypatch, capsys):
     broken, unsaved = changed(run, tmp_path / "broken"), changed(run, tmp_path / "unsaved")
@@ -517,6 +611,9 @@ def test_what_cannot_be_evaluated_is_told_in_one_sentence(run, video_run, tiny, 
     (unsaved / "last.pt").unlink()
     other = changed(run, tmp_path / "other", sharing="single")
     edited = changed(run, tmp_path / "edited", lr="high")
+    swapped = changed(run, tmp_path / "swapped")
+    config = json.loads((swapped / "config.json").read_text())
+    (swapped / "config.json").write_text(json.dumps(config | {"id": "another"}))
     (tmp_path / "x.jpg").write_text("no picture")
     (tmp_path / "x.jsonl").write_text("[1]")
     assert command(evaluate, monkeypatch, run, "--tasks", "vqa") == 0
@@ -535,12 +632,18 @@ def test_what_cannot_be_evaluated_is_told_in_one_sentence(run, video_run, tiny, 
             ((unsaved, "--weights-of", "last"), "last.pt is missing: the run was stopped before"),
             ((other,), "best.pt: the weight 'encoder.layers.0."),
             ((edited,), "config.json is not the config.json of a run: "
-                        "RunError(\"lr is 'high', expected float | int\")"),
+                        "lr is 'high', expected a number from 1e-30 to 1e+30"),
             ((run, "--image", bad, *ask), "x.jpg is not a readable picture"),
             ((run, "--device", "nonsense"), "device 'nonsense' cannot be used"),
             ((run, "--tasks", "vqa,tennis"), "unknown task: 'tennis'; known are vqa, gqa"),
             ((run, "--tasks", "tvqa"), "was trained on vqa, gqa, nlvr, caption, not on tvqa"),
             ((run, "--image", picture), "vqa needs a --question"),
+            ((run, "--image", picture, "--question", " "), "vqa needs a --question"),
+            ((video_run, "--video", bad, *ask, "--choices", ""), "two or more different texts"),
+            ((video_run, "--video", bad, *ask, "--choices", "a|b| a"), "two or more different"),
+            ((run, "--device", "meta"), "device 'meta' cannot be used"),
+            ((run, "--tasks", "vqa", "--predictions", tmp_path), f"{tmp_path} is not a regular"),
+            ((swapped,), "best.pt is of another run than"),
             ((run, "--tasks", "nlvr", "--image", picture, *ask), "nlvr needs 2 of --image, not 1"),
             ((run, "--video", picture, *ask), "vqa needs --image"),
             ((video_run, "--video", bad, *ask), "tvqa needs --choices"),

@@ -8,6 +8,7 @@ ones written by hand. Answers and captions look as the official programs said (g
 import doctest
 import io
 import json
+import os
 import random
 import struct
 import unicodedata
@@ -17,11 +18,11 @@ from pathlib import Path
 import pytest
 import regex
 import sentencepiece
-from transformers import BartTokenizer, T5Tokenizer
+from transformers import BartTokenizer, BartTokenizerFast, T5Tokenizer
 
 import tokenizer
-from tokenizer import (BPE, Unigram, VocabularyError, byte_symbols, load_tokenizer, ptb_words,
-                       vqa_normal_form, vqa_punctuation, word_pattern)
+from tokenizer import (BPE, Unigram, VocabularyError, best_cut, byte_symbols, load_tokenizer,
+                       ptb_words, vqa_normal_form, vqa_punctuation, word_pattern)
 
 ADDED = [f"<extra_id_{i}>" for i in range(12)] + ["<vis_extra_id_0>"]
 
@@ -161,6 +162,7 @@ def test_characters_in_pieces(ours):
     assert ours.decode(ours.encode("a\ud800b")) == "a?b"    # half a surrogate pair, from bad JSON
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 557941479\n"
 SMALL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "b": 5, "ab": 6}
 
 
@@ -188,13 +190,82 @@ def test_a_small_vocabulary(tmp_path):
     ("vocab.json", {"vocabulary": json.dumps(SMALL | {"c": 9})}, "without a gap"),
     ("vocab.json", {"vocabulary": '{"<s>": 0, "</s>": 1, "<unk>": 2}'}, "has no <pad>"),
     ("vocab.json", {"vocabulary": json.dumps(SMALL | {"▁c": 7})}, "'▁', which stands for no byte"),
-    ("merges.txt", {"merges": "a b\na b c\n"}, "line 2: expected two pieces, found 'a b c'"),
-    ("merges.txt", {"merges": "a b\n\nb a\n"}, "line 3: 'ba' is not in vocab.json"),
-])
+    ("merges.txt", {"merges": "a b\na b c\n"}, "merge 2 should be two pieces that make a third"),
+    ("merges.txt", {"merges": "a b\n\nb a\n"}, "merge 3 should be two pieces that make a third"),
+    ("merges.txt", {"merges": "a " * 10 ** 6}, "merge 1 should be two pieces that make a third"),
+    ("merges.txt", {"merges": POINTER}, "is a Git LFS pointer, not the file itself"),
+    ("vocab.json", {"vocabulary": POINTER}, "is a Git LFS pointer, not the file itself"),
+    ("vocab.json", {"vocabulary": " <!DOCTYPE html><p>Sign in"}, "is a web page"),
+    ("vocab.json", {"vocabulary": '{"a": ' + "9" * 5000 + "}"}, "truncated or not JSON"),
+    ("vocab.json", {"vocabulary": "[" * 10 ** 6}, "truncated or not JSON"),
+    ("vocab.json", {"vocabulary": '{"a": ' + "[" * 500 + "]" * 500 + "}"}, "without a gap"),
+    ("vocab.json", {"vocabulary": json.dumps(SMALL)[:-1] + ', "a": 7}'}, "without a gap"),
+    ("vocab.json", {"vocabulary": json.dumps(SMALL | {"ab": float("nan")})}, "without a gap"),
+    ("vocab.json", {"vocabulary": json.dumps(SMALL | {"ab": 6.0})}, "without a gap"),
+    ("vocab.json", {"vocabulary": json.dumps(SMALL | {"b": True, "<pad>": 5})}, "without a gap"),
+    ("vocab.json", {"vocabulary": json.dumps(SMALL | {"ab": -1})}, "without a gap"),
+    ("vocab.json", {"vocabulary": json.dumps(SMALL | {"\ud800": 7})}, r"'\ud800', which stands for"),
+    ("vocab.json", {"vocabulary": "{}"}, "without a gap"),
+    ("vocab.json", {"vocabulary": " " * (2 ** 24 + 1)}, "more than 16,777,216 bytes"),
+], ids=range(26))
 def test_a_bad_vocabulary_is_refused_with_the_name_of_its_file(tmp_path, file, contents, message):
     with pytest.raises(VocabularyError) as error:
         BPE(write(tmp_path, **contents))
     assert str(tmp_path / file) in str(error.value) and message in str(error.value)
+
+
+REPORTS = Path(__file__).parent / "golden" / "reports"
+
+
+def test_tokenizer_json_has_the_ids_of_the_two_files(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((REPORTS / "tokenizer.json").read_bytes())
+    for text, ids in json.loads((REPORTS / "tokenizer-ids.json").read_text()).items():
+        assert load_tokenizer(tmp_path).encode(text) == ids
+
+
+def test_tokenizer_json_is_read_where_the_two_files_are_not(folder, ours, tmp_path):
+    theirs = BartTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    theirs.save_pretrained(tmp_path)
+    fast = BPE(tmp_path, ADDED)
+    for name in "vocab.json", "merges.txt":
+        (tmp_path / name).unlink()
+    whole = BPE(tmp_path, ADDED)
+    assert whole.ids == fast.ids == ours.ids
+    for line in LINES[:1000]:
+        assert whole.encode(line) == ours.encode(line)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c["model"].update(type="Unigram"), "T5 needs spiece.model, which transformers 5 no"),
+    (lambda c: c.pop("model"), "truncated or not a tokenizer of transformers"),
+    (lambda c: c["model"].update(vocab=[]), "truncated or not a tokenizer of transformers"),
+    (lambda c: c["model"].update(merges=[[["a"], "b"]]), "truncated or not a tokenizer of"),
+    (lambda c: c["model"].update(merges=["a b c"]), "merge 1 should be two pieces that make a third"),
+    (lambda c: c["added_tokens"].append({"content": "b", "id": 99}), "without a gap"),
+    (lambda c: c["added_tokens"].append({"content": [], "id": 7}), "truncated or not a tokenizer"),
+    (lambda c: c["added_tokens"].append(5), "truncated or not a tokenizer"),
+], ids=range(8))
+def test_a_bad_tokenizer_json_is_refused(tmp_path, change, message):
+    content = {"model": {"type": "BPE", "vocab": SMALL, "merges": ["a b"]}, "added_tokens": []}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    assert BPE(tmp_path).pieces("abba") == [6, 5, 4]
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(VocabularyError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "spiece.model"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path, name):
+    write(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)):
+        make(tmp_path / name)
+        with pytest.raises(VocabularyError, match=f"{tmp_path / name} is not a regular file"):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).rmdir() if make is os.mkdir else (tmp_path / name).unlink()
 
 
 MODELS = {                                      # what T5 has, and what else a model may have
@@ -242,6 +313,35 @@ def test_ids_and_texts_are_those_of_sentencepiece(pair):
         assert ours.decode(ids) == theirs.decode(ids), ascii(line)
         ids = rng.choices(range(min(300, len(theirs))), k=6)            # <unk> and </s> among them
         assert ours.decode(ids) == theirs.decode(ids), ids
+
+
+def test_words_that_are_known_are_cut_as_in_the_whole_text(pair):
+    ours, theirs, _ = pair
+    assert ours.by_word == all("▁" not in theirs.id_to_piece(i)[1:] for i in range(len(theirs)))
+    known = 0
+    for line in UNIGRAM_LINES:
+        text = ours.normalizer(line)
+        quick = ours.pieces(line) and ours.by_word and ours.cut_words(text)
+        known += bool(quick)
+        assert not quick or quick == best_cut(text, ours.trie), ascii(line)
+    assert known > 0.9 * len(UNIGRAM_LINES) or not ours.by_word
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_words_of_nearly_equal_cuts_are_cut_as_by_sentencepiece(tmp_path, seed):
+    """Scores differ by a few roundings of the sum, which grows from word to word."""
+    rng = random.Random(seed)
+    texts = {rng.choice("▁ab") + "".join(rng.choices("ab", k=rng.randint(0, 3))) for _ in range(25)}
+    step = rng.choice([1e-3, 1e-5, 1e-6, 1e-7])
+    model = make_model([(text, -len(text.strip("▁")) * 3.3 - step * rng.randint(0, 4), 1)
+                        for text in sorted({"a", "b", "▁"} | texts)])
+    ours = Unigram(write_model(tmp_path, model))
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
+    words = ["".join(rng.choices("aabbé", k=rng.randint(1, 8))) for _ in range(12)]
+    for length in (1, 3, 10, 100, 400):
+        text = " ".join(rng.choices(words, k=length))
+        assert ours.pieces(text) == theirs.encode(text)
+    assert ours.by_word
 
 
 @pytest.mark.parametrize("text", [
@@ -376,11 +476,32 @@ def test_a_rule_that_begins_with_two_letters(tmp_path):
     (make_model(rules=rules(size=2048)), "truncated normalization rules"),
     (make_model(rules=rules(1 << 20)), "point outside of their table"),
     (make_model(rules=rules(98 << 10 | 1 << 8, *[1 << 31 | 999] * 255)), "outside of their table"),
-])
+    (make_model(rules=rules(98 << 10 | 1 << 8, *[1 << 31] * 255, replacements=b"b" * 10 ** 6)),
+     "outside of their table"),
+    (POINTER.encode(), "is a Git LFS pointer, not the file itself"),
+    (b"<html>", "is a web page, not the file itself"),
+    (make_model([("a" * 1000, -1.0, 1)]), "has pieces that are too long"),
+    (make_model([("a" * 200 + str(i), -1.0, 1) for i in range(25_000)]), "pieces that are too long"),
+    (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "truncated or not a sentencepiece model"),
+    (b"\x0a\0" * 10 ** 6, "truncated or not a sentencepiece model"),
+], ids=range(27))
 def test_a_bad_model_is_refused_with_the_name_of_its_file(tmp_path, model, message):
     with pytest.raises(VocabularyError) as error:
         Unigram(write_model(tmp_path, model) if model is not None else tmp_path)
     assert str(tmp_path / "spiece.model") in str(error.value) and message in str(error.value)
+
+
+def test_rules_that_lead_in_a_circle_end(tmp_path):
+    units = [byte << 10 | byte for byte in range(256)]  # each leads back to unit 0
+    ours = Unigram(write_model(tmp_path, make_model(rules=rules(*units))))
+    assert ours.pieces("newest" * 1000)[:2] == [3, 4]
+
+
+def test_ten_megabytes_of_rules_are_read(tmp_path):
+    units = struct.pack("<I", 10 << 20) + struct.pack("<I", 1 << 31) * (10 << 18)
+    units = units[:4] + struct.pack("<I", 0) + units[8:]
+    ours = Unigram(write_model(tmp_path, make_model(rules=field(2, units))))
+    assert ours.pieces("newest") == [3, 4]
 
 
 def test_a_truncated_model_is_refused_wherever_it_ends(tmp_path):
