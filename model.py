@@ -988,8 +988,9 @@ def bart(hf: dict, feature_dim=2048, vocab_size=None) -> Config:
     hf = dict(decoder_start_token_id=2, pad_token_id=1, eos_token_id=2, forced_eos_token_id=2,
               dropout=0.1) | hf
     values = read_fields(hf, BART_FIELDS, vocab_size)
-    check_only(hf, activation_function="gelu", scale_embedding=False,
-               decoder_attention_heads=values["heads"])
+    check_only(hf, activation_function="gelu", scale_embedding=False)
+    if hf.get("decoder_attention_heads", values["heads"]) != values["heads"]:
+        raise WeightsError("encoder_attention_heads and decoder_attention_heads differ")
     if values["d_model"] % values["heads"]:
         raise WeightsError("d_model should be a multiple of encoder_attention_heads")
     return Config(**values, feature_dim=feature_dim)
@@ -1004,7 +1005,8 @@ def t5(hf: dict, feature_dim=2048, vocab_size=None) -> Config:
     values = read_fields(hf, T5_FIELDS, vocab_size)
     check_only(hf, feed_forward_proj="relu", tie_word_embeddings=True)  # not 1.1 or Flan
     if values["max_distance"] <= values["buckets"] // 2:
-        raise WeightsError("relative_attention_max_distance is too small for the buckets")
+        raise WeightsError("relative_attention_max_distance should be more than half of "
+                           "relative_attention_num_buckets")
     return Config(norm=partial(nn.RMSNorm, eps=values.pop("eps")), **values, max_positions=None,
                   feature_dim=feature_dim, prenorm=True, bias=False, score_scale=1.0,
                   activation=F.relu, embedding_std=1.0, head_scale=values["d_model"] ** -0.5)
@@ -1022,7 +1024,7 @@ def read_fields(hf: dict, fields: list, vocab_size: int | None) -> dict:
         if type(value) not in kinds or not low <= value <= high:
             kind = {bool: "one of", int: "a whole number from"}.get(type(low), "a number from")
             raise WeightsError(f"{name} should be {kind} {low:,} to {high:,}")
-        values[ours] = value
+        values[ours] = type(low)(value)
     loaded = values["loaded_vocab"]
     values["vocab_size"] = loaded if vocab_size is None else vocab_size
     if not loaded <= values["vocab_size"] <= loaded + ADDED_TOKENS:

@@ -241,7 +241,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, words):
     (dict(num_layers=10 ** 9), "num_layers should be a whole number from 1 to 100"),
     (dict(relative_attention_num_buckets="32"), "relative_attention_num_buckets should be a whole"),
     (dict(relative_attention_num_buckets=2), "relative_attention_num_buckets should be a whole"),
-    (dict(relative_attention_max_distance=16), "relative_attention_max_distance is too small"),
+    (dict(relative_attention_max_distance=16), "relative_attention_max_distance should be"),
     (dict(layer_norm_epsilon=0), "layer_norm_epsilon should be a number from 1e-15 to 0.1"),
     (dict(dropout_rate=1), "dropout_rate should be a number from 0.0 to 0.99"),
     (dict(forced_eos_token_id=60), "forced_eos_token_id should be a whole number from 0 to 59"),
@@ -409,7 +409,8 @@ def bart_json(**changes) -> str:
      "d_model should be a multiple of"),
     (bart_json(activation_function="relu"), 'activation_function should be "gelu"'),
     (bart_json(scale_embedding=True), "scale_embedding should be false"),
-    (bart_json(decoder_attention_heads=1), "decoder_attention_heads should be 4"),
+    (bart_json(decoder_attention_heads=1),
+     "encoder_attention_heads and decoder_attention_heads differ"),
     (bart_json(decoder_layers=-1), "decoder_layers should be a whole number from 1 to 100"),
     (bart_json(encoder_layers=10 ** 9), "encoder_layers should be a whole number from 1 to 100"),
     (bart_json(d_model=32.0), "d_model should be a whole number from 1 to 1,000,000"),
@@ -436,6 +437,7 @@ def test_a_bad_config_is_named(tmp_path, content, message):
     ("no_repeat_ngram_size", "-1", "a whole number from 0 to 1,000,000"),
     ("dropout", "NaN", "a number from 0.0 to 0.99"),
     ("dropout", "true", "a number from 0.0 to 0.99"),
+    ("length_penalty", "101", "a number from -100.0 to 100.0"),
     ("length_penalty", "Infinity", "a number from -100.0 to 100.0"),
     ("length_penalty", '"1"', "a number from -100.0 to 100.0"),
     ("early_stopping", '"never"', "one of 0 to 1"),
@@ -449,6 +451,12 @@ def test_each_field_is_of_its_kind_in_both_files(tmp_path, file, field, value, e
     text = json.dumps(content)[:-1] + f', "{field}": {value}' + "}"
     (tmp_path / file).write_text(text)
     assert refused(tmp_path) == f"{tmp_path / file}: {field} should be {expected}"
+
+
+def test_a_large_length_penalty_is_no_large_whole_number(tmp_path):
+    save(their_bart(), tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"length_penalty": 100}')
+    assert our_bart(tmp_path).answer(questions(3), beams=2).size(1) > 1
 
 
 def test_null_is_no_wish(tmp_path):

@@ -204,7 +204,7 @@ def test_a_small_vocabulary(tmp_path):
     ("vocab.json", {"vocabulary": json.dumps(SMALL | {"ab": 6.0})}, "without a gap"),
     ("vocab.json", {"vocabulary": json.dumps(SMALL | {"b": True, "<pad>": 5})}, "without a gap"),
     ("vocab.json", {"vocabulary": json.dumps(SMALL | {"ab": -1})}, "without a gap"),
-    ("vocab.json", {"vocabulary": json.dumps(SMALL | {"\ud800": 7})}, r"'\ud800', which stands for"),
+    ("vocab.json", {"vocabulary": json.dumps(SMALL | {"\ud800": 7})}, r"'\ud800', which stands"),
     ("vocab.json", {"vocabulary": "{}"}, "without a gap"),
     ("vocab.json", {"vocabulary": " " * (2 ** 24 + 1)}, "more than 16,777,216 bytes"),
 ], ids=range(26))
@@ -240,7 +240,7 @@ def test_tokenizer_json_is_read_where_the_two_files_are_not(folder, ours, tmp_pa
     (lambda c: c.pop("model"), "truncated or not a tokenizer of transformers"),
     (lambda c: c["model"].update(vocab=[]), "truncated or not a tokenizer of transformers"),
     (lambda c: c["model"].update(merges=[[["a"], "b"]]), "truncated or not a tokenizer of"),
-    (lambda c: c["model"].update(merges=["a b c"]), "merge 1 should be two pieces that make a third"),
+    (lambda c: c["model"].update(merges=["a b c"]), "merge 1 should be two pieces that make"),
     (lambda c: c["added_tokens"].append({"content": "b", "id": 99}), "without a gap"),
     (lambda c: c["added_tokens"].append({"content": [], "id": 7}), "truncated or not a tokenizer"),
     (lambda c: c["added_tokens"].append(5), "truncated or not a tokenizer"),
@@ -481,7 +481,7 @@ def test_a_rule_that_begins_with_two_letters(tmp_path):
     (POINTER.encode(), "is a Git LFS pointer, not the file itself"),
     (b"<html>", "is a web page, not the file itself"),
     (make_model([("a" * 1000, -1.0, 1)]), "has pieces that are too long"),
-    (make_model([("a" * 200 + str(i), -1.0, 1) for i in range(25_000)]), "pieces that are too long"),
+    (make_model([("a" * 200 + str(i), -1.0, 1) for i in range(25_000)]), "that are too long"),
     (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "truncated or not a sentencepiece model"),
     (b"\x0a\0" * 10 ** 6, "truncated or not a sentencepiece model"),
 ], ids=range(27))
