@@ -371,6 +371,10 @@ def is_path(text: str) -> bool:
         return False
 
 
+# What a run's config.json has besides what only people read.
+CONFIG = {"flags": dict, "examples": dict, "id": str, "backbone_sha256": str, "vision_sha256": str}
+
+
 @dataclass
 class Run:
     """The flags of train.py, kept in RUN/config.json. train.py fills in None; `sites` None: all."""
@@ -443,7 +447,7 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """The run in a folder. Raises RunError."""
-        config = read_config(folder)
+        config = cls.read_config(folder)
         flags = {"cache": None} | config["flags"]  # older runs have none
         try:
             run = cls(**{row.name: flags[row.name] for row in fields(cls)})
@@ -454,6 +458,30 @@ class Run:
         except RunError as odd:
             problem = odd
         raise RunError(f"{folder / 'config.json'} is not the config.json of a run: {problem}")
+
+    @staticmethod
+    def read_config(folder: Path) -> dict:
+        """config.json of a run. Raises RunError."""
+        path = folder / "config.json"
+        if not path.exists():
+            raise RunError(f"{folder} is not a run: it has no config.json")
+        config = {"examples": {}, "id": ""} | read_json(path)  # older runs have neither
+        for name, kind in CONFIG.items():
+            if not isinstance(config.get(name), kind):
+                raise RunError(f"{path} is not the config.json of a run: {name} is "
+                               f"{config.get(name)!r}, expected {kind.__name__}")
+        return config
+
+    @staticmethod
+    def load_weights(model: VLModel, folder: Path, name: str) -> dict:
+        """best.pt or last.pt into the model; returns what else is in it. Raises RunError.
+
+        Weights of another run may fit, too: so each file knows the id of its run.
+        """
+        others = load(model, folder / name)
+        if others.get("run", "") != Run.read_config(folder)["id"]:
+            raise RunError(f"{folder / name} is of another run than {folder / 'config.json'}")
+        return others
 
     @property
     def video(self) -> bool:
@@ -491,38 +519,11 @@ class Run:
 
     def check_hashes(self, folder: Path, hashes: dict[str, str]):
         """Raises RunError unless the run in a folder has them."""
-        config = read_config(folder)
+        config = self.read_config(folder)
         for name, digest in hashes.items():
             if config[name] != digest:
                 raise RunError(f"{folder} was begun with other weights than these: {name} differs "
                                "from its config.json")
-
-
-CONFIG = {"flags": dict, "examples": dict, "id": str, "backbone_sha256": str, "vision_sha256": str}
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of a run. Raises RunError."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise RunError(f"{folder} is not a run: it has no config.json")
-    config = {"examples": {}, "id": ""} | read_json(path)  # older runs have neither
-    for name, kind in CONFIG.items():
-        if not isinstance(config.get(name), kind):
-            raise RunError(f"{path} is not the config.json of a run: {name} is "
-                           f"{config.get(name)!r}, expected {kind.__name__}")
-    return config
-
-
-def load_run(model: VLModel, folder: Path, name: str) -> dict:
-    """best.pt or last.pt into the model; returns what else is in it. Raises RunError.
-
-    Weights of another run may fit, too: so each file knows the id of its run.
-    """
-    others = load(model, folder / name)
-    if others.get("run", "") != read_config(folder)["id"]:
-        raise RunError(f"{folder / name} is of another run than {folder / 'config.json'}")
-    return others
 
 
 def file_hash(path: Path) -> str:
@@ -792,7 +793,7 @@ def main():
     hashes = run.hashes()
     run.check_hashes(args.run, hashes)
     model, tokenizer, features, _ = open_run(run, hashes, device)
-    load_run(model, args.run, name)
+    Run.load_weights(model, args.run, name)
     model.to(device).eval()
     bf16 = args.bf16
     if bf16 is None:
@@ -810,6 +811,7 @@ def main():
 
     corpora, = open_corpora(Path(run.data), run.vision, features, tokenizer, splits,
                             **run.reading())
+    del features  # and CLIP with them
     scores = {}
     rows = {}
     for task, corpus in corpora.items():

@@ -39,8 +39,7 @@ import toy
 from adapters import METHODS, AdapterError, cast_frozen, misfit, save, select, trainable
 from data import (TASKS, Corpus, batch_size, batches, check_labels, open_corpora, out_of_memory,
                   report_problems, steps_per_epoch, write_atomically)
-from evaluate import (PROBLEMS, Run, RunError, answer, load_run, open_run, pick_device,
-                      print_scores, read_config, score)
+from evaluate import PROBLEMS, Run, RunError, answer, open_run, pick_device, print_scores, score
 from model import FAMILIES, VLModel
 
 # As the authors train every method, with pictures and with videos.
@@ -374,7 +373,7 @@ def save_weights(folder, name, model, **others):
     if rank() > 0:
         return
     try:
-        save(model, folder / name, run=read_config(folder)["id"], **others)
+        save(model, folder / name, run=Run.read_config(folder)["id"], **others)
     except AdapterError as problem:
         raise RunError(f"{problem}; what was saved before is whole, "
                        f"go on from there with --resume {folder}") from None
@@ -385,7 +384,7 @@ def restore(folder, model, optimizer, steps: int) -> tuple[int, float]:
     path = folder / "last.pt"
     if not path.exists():
         return 0, -1.0
-    others = load_run(model, folder, "last.pt")
+    others = Run.load_weights(model, folder, "last.pt")
     step, best, saved = (others.get(name) for name in ("step", "best", "optimizer"))
 
     def check(good, expected):
@@ -501,7 +500,7 @@ def write_config(folder: Path, config: dict):
 
 def note_examples(folder: Path, examples: dict[str, int]):
     """Keeps in config.json how many there are. Raises RunError if there were others."""
-    config = read_config(folder)
+    config = Run.read_config(folder)
     begun = config["examples"]
     if begun and begun != examples:
         raise RunError(f"the data have changed: in {folder / 'config.json'} examples are {begun}, "
