@@ -585,7 +585,7 @@ def known(names, allowed, what):
     for name in names:
         if name not in allowed:
             allowed = ", ".join(allowed) or "none"
-            raise AdapterError(f"unknown {what}: {name!r}; known are {allowed}")
+            raise AdapterError(f"unknown {what}: {name!r:.80}; known are {allowed}")
 
 
 def check_method(method: str, sharing: str, sizes: dict):

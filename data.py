@@ -701,13 +701,19 @@ def stream_examples(files: Files, task: str, *splits: str) -> Iterator[tuple[str
     Raises DataError for missing, broken, empty or doubtful files.
     """
     hashes = {split: array("q") for split in splits}
+    hidden = Counter()
     for split, e in TASKS[task].read(files, *splits):
         hashes[split].append(hash(e.id))
+        hidden[split] += split != TASKS[task].train and not has_label(e)
         yield split, e
+    names = ", ".join(name for name, digest in files.used.items() if digest)
     for split in splits:
-        place = f"{task}'s {split} below {files.data}"
-        if not hashes[split]:
+        place = f"{task}'s {split} below {files.data} ({names})"
+        count = len(hashes[split])
+        if not count:
             raise DataError(f"{place} has no examples")
+        if 0 < hidden[split] < count:
+            raise DataError(f"{place}: {hidden[split]:,} of {count:,} have no labels")
         values, counts = np.unique(hashes[split], return_counts=True)
         if counts.max() > 1:
             twice = values[counts.argmax()]
@@ -720,10 +726,13 @@ def read_examples(data: str | Path, task: str, split: str) -> list[Example]:
     return [e for _, e in stream_examples(Files(Path(data)), task, split)]
 
 
+def has_label(e: Example) -> bool:
+    return any(e.truth.get(name) for name in ("answer", "answers", "references"))
+
+
 def check_labels(task: str, examples: list[Example]):
     """Raises DataError for examples that cannot be scored."""
-    labels = ("answer", "answers", "references")
-    hidden = sum(not any(e.truth.get(name) for name in labels) for e in examples)
+    hidden = sum(not has_label(e) for e in examples)
     if hidden:
         raise DataError(f"{task} cannot be scored: {hidden:,} of {len(examples):,} examples "
                         "have no labels")
@@ -1165,8 +1174,8 @@ class FeatureStore:
                 size = os.fstat(file.fileno()).st_size
         if not index.exists():
             return
-        broken = DataError(f"{index} is broken or has features of another encoder; "
-                           f"remove {self.folder} to encode anew")
+        broken = DataError(f"{index} or {new.name} is broken or has features of another "
+                           f"encoder; remove {self.folder} to encode anew")
         content = read_json(index)
         if not isinstance(content, dict) or not content.items() >= self.about.items():
             raise broken
@@ -1284,8 +1293,7 @@ def stamp(path):
 
 @cache
 def warn_of_no_lock():
-    print("files cannot be locked here: two runs must not encode at the same time",
-          file=sys.stderr)
+    print("no file locks here: encode with one process at a time", file=sys.stderr)
 
 
 def lock(file):
@@ -1754,9 +1762,7 @@ def mixture(corpora: dict[str, Corpus], sizes: dict[str, int], seed: int,
 
 
 def report_problems(main: Callable, *problems: type):
-    """Runs a command. DataError, OSError, `problems` and too little memory end it in one sentence,
-    exit code 2.
-    """
+    """Runs a command. What a user can mend ends it in one sentence, exit code 2."""
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a terminal cannot show

@@ -305,6 +305,7 @@ def main():
         (work / "world").mkdir(parents=True)
         quiet(["-c", campaign.DRAW, ROOT, 12, "pictures only"], work / "world")
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
     rng = random.Random(args.seed)
     trial = Trial(work, rng)
     signals = [signal.SIGKILL] * args.kills + [signal.SIGINT] * args.interrupts

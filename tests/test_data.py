@@ -515,6 +515,18 @@ def test_examples_without_labels_cannot_be_scored():
         check_labels("vqa", examples)
 
 
+def test_labels_are_there_of_all_examples_or_of_none(tmp_path):
+    rows = [{"identifier": f"test1-0-{i}-0", "sentence": "Two dogs.", "label": "True"} for i in "abc"]
+    hidden = [{**row, "label": None} for row in rows]
+    path = tmp_path / "nlvr/test1.json"
+    for good in rows, hidden:
+        write(path, good)
+        assert len(read_examples(tmp_path, "nlvr", "test1")) == 3
+    write(path, [*rows[:2], hidden[2]])
+    with pytest.raises(DataError, match=r"nlvr/test1.json\): 1 of 3 have no labels"):
+        read_examples(tmp_path, "nlvr", "test1")
+
+
 @pytest.fixture
 def value(tmp_path):
     """VALUE's layout and oddities: a NaN moment, stray spaces, odd names, missing subtitles."""

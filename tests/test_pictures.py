@@ -608,7 +608,7 @@ def test_an_index_of_something_else_is_told(tmp_path, field, value):
     opened(tmp_path).add(pictures(tmp_path, 3), load, mean_colour)
     index = tmp_path / "features/x/hash/index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {field: value}))
-    with pytest.raises(DataError, match="index.json is broken or has features of another"):
+    with pytest.raises(DataError, match="index.json or new.jsonl is broken or has features of another"):
         opened(tmp_path)
 
 
@@ -639,7 +639,7 @@ def test_where_nothing_can_be_locked_it_goes_on_and_says_so_once(tmp_path, monke
     for names in "0", "12":
         opened(tmp_path).add({name: paths[name] for name in names}, load, mean_colour)
     assert len(opened(tmp_path).row) == 3
-    assert capsys.readouterr().err.count("cannot be locked here") == 1
+    assert capsys.readouterr().err.count("no file locks here") == 1
     data.warn_of_no_lock.cache_clear()
 
 
